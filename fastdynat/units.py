@@ -69,6 +69,27 @@ def parse_size(text: float | str, what: str, *, norm: str = "linf", limit: float
     return Size(value, notice)
 
 
+def check_step_width(step: float | str, eps: float | str, *, step_size: float, radius: float) -> str | None:
+    """A warning where an L-inf step is longer than the ball is wide; None where it is not.
+
+    Args:
+        step, eps: as they were given; "auto" for what was not.
+        step_size, radius: what they mean, in [0, 1] pixel units.
+
+    Raises:
+        UserError: `eps` was read as 8-bit levels and `step` as a part of the pixel range, as in 8 and 1.
+    """
+    if step == "auto" or step_size <= 2 * radius:
+        return None
+    levels = 0.0 if eps == "auto" else parse_number(eps, "eps")
+    if levels > 1 and "/" not in str(step) and parse_number(step, "step_size") <= 1:
+        raise UserError(
+            f"step_size {step_size:g} is a share of the pixel range, but eps {levels:g} is read as "
+            f"{levels:g}/255: write {step_size:g}/255 for a step in 8-bit levels"
+        )
+    return f"step_size {describe_size(step_size)} is more than twice eps {describe_size(radius)}"
+
+
 def describe_size(value: float, norm: str = "linf") -> str:
     """`value`, under L-inf with its 8-bit reading: ``0.0313725 (8.00/255)``."""
     return f"{value:.6g} ({value * 255:.2f}/255)" if norm == "linf" else f"{value:.6g}"

@@ -17,7 +17,7 @@ from fastdynat.errors import UserError
 from fastdynat.models.foreign import load_foreign
 from fastdynat.models.logits import Output, with_output
 from fastdynat.models.own_networks import count_logits
-from fastdynat.runs import CONFIG, Sidecar, data_difference, load_network, looks_like_run
+from fastdynat.runs import CONFIG, Sidecar, check_test_images, data_difference, load_network, looks_like_run
 
 
 @dataclass(frozen=True)
@@ -118,6 +118,7 @@ def _check_like(run: _Run, data: Any, info: DatasetInfo) -> None:
     ours = info if named else replace(info, class_names=run.about.class_names)
     if difference := data_difference(run.about, ours):
         raise UserError(f"{run.name} was trained on {difference}")
+    check_test_images(run.about, info, run.name)
 
 
 def _images(data: Any, data_dir: str, image_size: int | None) -> tuple[DatasetInfo, Images]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from fastdynat.commands.message_flags import LevelFlag, printed_messages
+from fastdynat.commands.parsing.config_file_notes import config_file_notes
 from fastdynat.commands.parsing.effects import check_effects
 from fastdynat.commands.parsing.parse import OtherMethodsFlags, Parsed, early_flags, of_options, parse
 from fastdynat.config import TrainConfig, override, read_config_file
@@ -56,7 +57,7 @@ def train_command(argv: list[str]) -> int:
     if parsed.command.submit is not None:
         from fastdynat.commands.submit.submission import submit_training
 
-        return submit_training(parsed.command.submit, argv, config, resumes=resume is not None)
+        return submit_training(parsed.command.submit, argv, config, early)
 
     from fastdynat.terminal.consoles import error_console
 
@@ -66,6 +67,9 @@ def train_command(argv: list[str]) -> int:
         from fastdynat.training import new_run, resumed_run, run_of_command
 
         _note_needs(early.get("--recipe"), config)
+        if (file := early.get("--config")) is not None:
+            for note in config_file_notes(file, read_config_file(Path(file)), config, parsed.given):
+                logger.warning(note)
         with joined_world(config.engine.device, config.engine.rank_timeout):
             if resume == AUTO:
                 begun = run_of_command(config, _given_keys(early, parsed))

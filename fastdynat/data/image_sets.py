@@ -102,7 +102,8 @@ class DatasetInfo:
 
     image_shape is (C, H, W). mean and std are per channel in [0, 1] units, of the training images. augment is
     the augmentation that suits the data: "crop-flip", "crop" (where mirrored images change meaning) or
-    "none".
+    "none". test_origin is that of test images which code of the user has made: a digest of the code, and the
+    `set_digest` of the images; None for other data.
     """
 
     name: str
@@ -112,6 +113,7 @@ class DatasetInfo:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     augment: str
+    test_origin: tuple[str, str] | None = None
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,7 @@ SUFFIXES = (
 )
 DROPPINGS = frozenset({"thumbs.db", "desktop.ini"})  # of file managers; not worth a word, like hidden files
 TEST_NAMES = ("test", "val", "valid")
+LEAST_CLASSES = 2
 DECODE_CHUNK = 64  # files per task: long enough to hide the pool's overhead, short enough to spread
 STATS_IMAGES, STATS_BATCH = 2048, 64
 
@@ -118,7 +119,7 @@ def open_imagefolder(
     *,
     image_size: int | None,
 ) -> tuple[DatasetInfo, StreamedSource]:
-    """Return facts and the "train" or "test" split of the folder; test may be named test, val or valid.
+    """Return facts and the "train" or "test" split of the folder; the latter is in test, val or valid.
 
     Every file of the split is looked at (`survey`), and with the training split also those of the test split,
     so that an evaluation does not fail after the training. What is left out, dropped or missing is logged.
@@ -200,9 +201,10 @@ def list_files(folder: Path) -> Files:
     entries = _entries(folder)
     classes = [entry for entry in entries if entry.is_dir()]
     odd = Counter(_kind(entry) for entry in entries if not entry.is_dir())
-    if len(classes) < 2:
+    if len(classes) < LEAST_CLASSES:
         raise UserError(
-            f"{str(folder)!r} holds {len(classes)} class folder(s); classification needs at least 2"
+            f"{str(folder)!r} holds {len(classes)} class folder(s); classification needs at least "
+            f"{LEAST_CLASSES}"
         )
     by_class = []
     for entry in classes:
@@ -225,6 +227,10 @@ def list_files(folder: Path) -> Files:
     paths, labels = zip(*turns, strict=True)
     names = tuple(entry.name for entry in classes)
     return Files(names, paths, torch.tensor(labels), files_left_out(folder, odd, SUFFIXES) if odd else "")
+
+
+def _has_classes(folder: Path) -> bool:
+    return sum(entry.is_dir() for entry in _entries(folder)) >= LEAST_CLASSES
 
 
 def _entries(folder: Path) -> list[Path]:
@@ -255,9 +261,13 @@ def _check_name(entry: Path) -> None:
 def _test_split(root: Path, train: Files, *, needed: bool) -> Files | None:
     """The test split, with the classes of the training split; None where there is none and it is not needed.
 
+    It is the first of `TEST_NAMES` with class folders: ILSVRC has labels in val, and a flat test without any.
+    The others are not used, which is logged.
+
     Raises: UserError where it is needed and missing, and for other classes.
     """
-    folder = next((root / name for name in TEST_NAMES if (root / name).is_dir()), None)
+    folders = [root / name for name in TEST_NAMES if (root / name).is_dir()]
+    folder = next((each for each in folders if _has_classes(each)), folders[0] if folders else None)
     if folder is None:
         missing = (
             f"{str(root)!r} holds no test images; --data-dir DIR must hold one of {', '.join(TEST_NAMES)}"
@@ -267,6 +277,10 @@ def _test_split(root: Path, train: Files, *, needed: bool) -> Files | None:
         logger.warning("%s for fastdynat eval; training does not need it", missing)
         return None
     test = list_files(folder)
+    for other in folders:
+        if other != folder:
+            lacks = "" if _has_classes(other) else ", which has no class folders,"
+            logger.info("%r%s is not used: the test images are those in %r", str(other), lacks, folder.name)
     if test.class_names != train.class_names:
         odd = sorted(set(test.class_names) ^ set(train.class_names))[0]
         without = folder if odd in train.class_names else root / "train"

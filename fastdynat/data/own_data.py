@@ -3,10 +3,11 @@
 They come from a callable in a file (`--data my.py:make_data`) or as objects (`fastdynat.train(data=...)`).
 """
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from fastdynat.data.image_sets import CONVERT_CHUNK, DatasetInfo, ImageSet, channel_stats
 from fastdynat.data.own_arrays import class_labels, dense_tensor, dtype_and_shape, uint8_pixels
+from fastdynat.data.read_ahead import set_digest
 from fastdynat.errors import UserError, shown
 from fastdynat.machine.free_memory import check_room
 from fastdynat.user_code import OBJECT, call_object, error_with_place, import_object, is_object, short_name
@@ -71,10 +73,14 @@ def own_data(name: str) -> OwnData:
         return given
     if name in _called:  # pinned: the content of the file is part of the name
         return _called[name]
-    made, _ = import_object(name)
+    made, source = import_object(name)
     if callable(made) and not hasattr(made, "__getitem__"):
         made = call_object(made, name, {}, "data")
     found = own_parts(made, short_name(name))
+    if found.test is not None:  # the code may make others when an evaluation calls it
+        code = hashlib.sha256(name.partition("#")[0].rpartition(":")[2].encode() + b"\0" + source).hexdigest()
+        origin = (code, set_digest(found.test))
+        found = replace(found, info=replace(found.info, test_origin=origin))
     _called.clear()
     if "#" in name:
         _called[name] = found

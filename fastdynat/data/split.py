@@ -34,7 +34,7 @@ def stratified_split(
             rounding. None keeps all.
         seed: The choice depends on the labels and this number only.
 
-    Raises: UserError where some class would have no training image left.
+    Raises: UserError where some class would have no training image left, or a share is less than an image.
     """
     counts = torch.bincount(labels).tolist()
     present = sum(count > 0 for count in counts)
@@ -67,6 +67,11 @@ def _num_val(val_size: int | float | None, num_images: int, present: int) -> int
     if isinstance(val_size, float) and val_size != 0 and not 0 < val_size < 1:
         raise UserError(f"val_size {val_size} must be a share in (0, 1) or a whole number of images")
     num_val = round(val_size * num_images) if isinstance(val_size, float) else val_size
+    if num_val == 0 and val_size != 0:  # everything that needs validation images would do nothing
+        raise UserError(
+            f"val_size {val_size:g} holds none of {num_images} training images out; use 1 or more images, or "
+            "0 to train without validation"
+        )
     if num_val < 0:
         raise UserError(f"val_size {val_size} must not be negative; 0 holds out nothing")
     if num_val > num_images - present:

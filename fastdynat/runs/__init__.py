@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from fastdynat.runs.sidecar import Sidecar, read_sidecar
     from fastdynat.runs.source import package_digest, source_commit
     from fastdynat.runs.weights import (
+        check_test_images,
         data_difference,
         guide_weights,
         load_checkpoint,
@@ -60,6 +61,7 @@ __getattr__, __dir__ = lazy_names(
         "sidecar": ("Sidecar", "read_sidecar"),
         "source": ("package_digest", "source_commit"),
         "weights": (
+            "check_test_images",
             "data_difference",
             "guide_weights",
             "load_checkpoint",
@@ -85,6 +87,7 @@ __all__ = [
     "check_new",
     "check_output",
     "check_results",
+    "check_test_images",
     "check_writable",
     "claim_name",
     "data_difference",

@@ -41,6 +41,7 @@ class Sidecar:
     val_clean_acc: Share | None
     val_pgd10_acc: Share | None
     eval_radii: dict[str, Radius] | None = None  # by norm, where the run trained against several
+    test_origin: tuple[str, str] | None = None  # of `DatasetInfo`
 
 
 @dataclass(frozen=True, kw_only=True)

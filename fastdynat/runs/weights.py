@@ -86,6 +86,22 @@ def data_difference(sidecar: Sidecar, info: DatasetInfo) -> str:
     return ""
 
 
+def check_test_images(sidecar: Sidecar, info: DatasetInfo, run: str) -> None:
+    """Refuse to evaluate `run` on what its own code makes now, if those are not the run's test images.
+
+    Raises:
+        UserError: they differ, so the network may have been trained on them.
+    """
+    then, now = sidecar.test_origin, info.test_origin
+    if then is None or now is None or then[0] != now[0] or then == now:
+        return
+    raise UserError(
+        f"{info.name} makes other test images than when {run} was trained, so they may be among its training "
+        "images: use a fixed seed in the code, such as random_state=0, and train again; for other images on "
+        "purpose, name another function by --data"
+    )
+
+
 def guide_weights(path: Path | str) -> Path:
     """The .safetensors file that `path` is, or that the best checkpoint of the run directory `path` has.
 

@@ -1,5 +1,6 @@
 """Extra images of a run: packed where they are not yet, and checked against the dataset."""
 
+import logging
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from fastdynat.config import ExtraConfig, TrainConfig
-from fastdynat.data import UNLABELLED, DatasetInfo
+from fastdynat.data import UNLABELLED, DatasetInfo, dataset_info
 from fastdynat.data.extra_store import ExtraSet, ExtraStore
 from fastdynat.data.pack_sources import PackSource
 from fastdynat.data.store_writer import packed
@@ -21,6 +22,9 @@ from fastdynat.terminal.progress import ProgressDisplay
 from fastdynat.training.pseudo_labels import label_file, read_labels
 from fastdynat.tuning.devices import pick_device
 
+logger = logging.getLogger(__name__)
+
+SAID_CLASSES = 10
 NUMBER = re.compile(r"[0-9]{1,6}")
 
 
@@ -46,9 +50,13 @@ def open_extra(config: TrainConfig[Any], info: DatasetInfo) -> ExtraSet | None:
     _check_shape(store.facts.shape, config, info)
     if extra.extra_labels is None:
         found = ExtraSet(store, _labels(store, config, info), info.image_shape)
+        numbered = store.labels is not None and store.facts.class_names is None
     else:
         file = label_file(store, extra.extra_labels, info, pick_device(config.engine.device), display)
-        found = ExtraSet(store, read_labels(file, len(store), info), info.image_shape, file)
+        found = ExtraSet(store, read_labels(file, store, info), info.image_shape, file)
+        numbered = file == Path(extra.extra_labels).absolute()
+    if numbered and dataset_info(config.data.data) is None and world().first:
+        _say_meaning(info)
     if extra.extra_checksum not in (None, found.checksum):
         raise UserError(
             f"extra_checksum {extra.extra_checksum}: {store.folder} has {found.checksum}, so it holds other "
@@ -129,6 +137,14 @@ def _labels(store: ExtraStore, config: TrainConfig[Any], info: DatasetInfo) -> n
             f"the classes of {info.name}"
         )
     return labels
+
+
+def _say_meaning(info: DatasetInfo) -> None:
+    """Say what labels without names mean in a dataset that numbers its own class names."""
+    if info.class_names != tuple(map(str, range(info.num_classes))):
+        pairs = [f"{label} = {name}" for label, name in enumerate(info.class_names)]
+        shown = [*pairs[:SAID_CLASSES], "..."] if len(pairs) > SAID_CLASSES else pairs
+        logger.info("extra labels are read as %s", ", ".join(shown))
 
 
 def _odd_number(info: DatasetInfo) -> int | None:

@@ -1,6 +1,7 @@
 """Pseudo-labels of extra images: predictions of a trained network, stored beside the images."""
 
 import logging
+import math
 import os
 from pathlib import Path
 
@@ -21,6 +22,9 @@ from fastdynat.terminal.progress import ProgressDisplay
 logger = logging.getLogger(__name__)
 
 BATCH = 500
+# Labels that have nothing to do with the class folders fit two orders differently by chance: by less than
+# this and 2 / sqrt(images).
+ORDER_MARGIN = 0.1
 
 
 def label_file(
@@ -53,11 +57,14 @@ def label_file(
     return out
 
 
-def read_labels(path: Path, count: int, info: DatasetInfo) -> np.ndarray:
-    """The labels in the .npy file at `path`, mapped into memory: whole numbers (count,) in [0, num_classes).
+def read_labels(path: Path, store: ExtraStore, info: DatasetInfo) -> np.ndarray:
+    """The labels in the .npy file at `path`, in memory: whole numbers (M,) in [0, num_classes).
 
-    Raises: UserError where they are something else.
+    The file may be written again while a run uses them.
+
+    Raises: UserError where they are something else, or in another order than the images of `store`.
     """
+    count = len(store)
     try:
         labels = np.load(path, mmap_mode="r", allow_pickle=False)
     except Exception as error:  # a damaged header fails in any way
@@ -65,13 +72,37 @@ def read_labels(path: Path, count: int, info: DatasetInfo) -> np.ndarray:
     if not isinstance(labels, np.ndarray) or labels.dtype.kind not in "iu" or labels.shape != (count,):
         got = f"{labels.dtype} {labels.shape}" if isinstance(labels, np.ndarray) else "several arrays"
         raise UserError(f"--extra-labels {path} must be whole numbers ({count},), one per image, got {got}")
+    labels = np.array(labels)
     bad = np.flatnonzero((labels < 0) | (labels >= info.num_classes))
     if len(bad):
         raise UserError(
             f"--extra-labels {path}: label {labels[bad[0]]} at index {bad[0]} is outside "
             f"[0, {info.num_classes}), the classes of {info.name}"
         )
-    return labels
+    _check_order(path, labels, store)
+    return labels.astype(np.min_scalar_type(info.num_classes - 1))
+
+
+def _check_order(path: Path, labels: np.ndarray, store: ExtraStore) -> None:
+    """Raise UserError for `labels` that fit the class folders of `store` one folder after the other, only."""
+    folders = store.labels
+    if store.facts.class_names is None or folders is None:
+        return
+    agreement = _purity(folders, labels)
+    one_by_one = _purity(np.sort(folders), labels)
+    if one_by_one > agreement + ORDER_MARGIN + 2 / math.sqrt(len(labels)):
+        raise UserError(
+            f"--extra-labels {path} has the order of torchvision's ImageFolder, one class folder after the "
+            "other, but the images of a store take turns by class (the first of each folder, the second of "
+            "each, ...): sort the labels so, or give the network instead, --extra-labels RUN"
+        )
+
+
+def _purity(folders: np.ndarray, labels: np.ndarray) -> float:
+    """The share of images that have the most frequent label of their folder."""
+    pairs, counts = np.unique((folders.astype(np.int64) << 32) + labels, return_counts=True)
+    starts = np.flatnonzero(np.diff(pairs >> 32, prepend=-1))
+    return float(np.maximum.reduceat(counts, starts).sum()) / len(labels)
 
 
 def _places(store: ExtraStore, name: str) -> list[Path]:

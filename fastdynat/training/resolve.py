@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from fastdynat.config import AugmentationConfig, DataConfig, ExtraConfig, ModelConfig, TrainConfig
+from fastdynat.config.augmentation_policy import parse_policy
 from fastdynat.config.train_checks import check_train_config
 from fastdynat.data import DatasetInfo, TrainSplit, check_dali, choose_loader, default_workers
 from fastdynat.distributed import world
@@ -59,6 +60,7 @@ def resolve(
     data = _data(config.data, config.augmentation, info, method, notes)
     _check_groups(config.augmentation, data)
     _check_cutout(config.augmentation, info)
+    _check_colours(config.augmentation, info)
     model = _model(config.model, info, method)
     model = _with_sync_bn(model, data, config.optim.grad_accum_steps, notes)
     attack = resolved_attack(config.attack, info, method, notes)
@@ -182,6 +184,19 @@ def _check_cutout(augmentation: AugmentationConfig, info: DatasetInfo) -> None:
         raise UserError(
             f"cutout {augmentation.cutout}: the images are {height}x{width} pixels, and would be mostly "
             "black; use fewer pixels (16 for 32x32)"
+        )
+
+
+def _check_colours(augmentation: AugmentationConfig, info: DatasetInfo) -> None:
+    """Raise UserError for changes of colour where images have channels that are no colours."""
+    channels = info.image_shape[0]
+    used = f"color_jitter {augmentation.color_jitter:g}" if augmentation.color_jitter else ""
+    if parse_policy(augmentation.aa).name != "none":
+        used = f"aa {augmentation.aa}"
+    if used and channels not in (1, 3):
+        raise UserError(
+            f"{used}: it changes the colours of grey or RGB images, but those of {info.name} have {channels} "
+            "channels; leave it out (--scale, --cutout, --reprob, --mixup and --cutmix take any number)"
         )
 
 

@@ -11,7 +11,7 @@ from fastdynat.data import DatasetInfo
 from fastdynat.errors import UserError
 from fastdynat.methods import AttackDefaults, Method
 from fastdynat.training.resolved_config import EVAL_EPS, PUBLISHED_EPS, ResolvedAttack, filled_in
-from fastdynat.units import describe_size, parse_size
+from fastdynat.units import check_step_width, describe_size, parse_size
 from fastdynat.user_code import is_user_supplied
 
 PUBLISHED_STEP = 0.007  # for PUBLISHED_EPS
@@ -68,6 +68,10 @@ def resolved_attack(
         steps=defaults.steps if attack.steps is None else attack.steps,
         start=_start(attack, defaults),
     )
+    if norm == "linf":
+        asked = given[0] if attack.eps == "auto" else attack.eps
+        wide = check_step_width(attack.step_size, asked, step_size=resolved.step_size, radius=eps)
+        notes += [] if wide is None else [wide]
     _check(resolved, method)
     notes.append(f"{announcement(resolved, method)}; evaluated at eps {_described(resolved.eval_radii())}")
     notes += method.notes(resolved.specs()[0])

@@ -99,6 +99,7 @@ def describe_weights(
         epoch=epoch,
         val_clean_acc=validated.get("val_clean_acc"),
         val_pgd10_acc=validated.get("val_pgd10_acc"),
+        test_origin=info.test_origin,
     )
 
 

@@ -1,9 +1,13 @@
 """A network and data of the user on the command line: `--model my.py:make_net --data my.py:make_data`."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -12,6 +16,7 @@ from support.own import FILE
 import fastdynat
 from fastdynat import user_code
 from fastdynat.commands.main import main
+from fastdynat.data import own_data
 from fastdynat.errors import UserError
 
 QUICK = ["--method", "madry", "--steps", "1", "--eps", "0.02", "--batch-size", "64", "--quiet"]
@@ -165,3 +170,44 @@ def test_data_without_test_images_are_said_before_training(
     assert main(["train", *flags, "--model", "small", "--data", "data.py:make_data", "--run-dir", "run"]) == 0
     out = capsys.readouterr()
     assert ("data.py:make_data has no test images" in out.out + out.err) == (not tested)
+
+
+def test_a_random_split_is_not_evaluated_on_its_training_images(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The code is called again by an evaluation, and an unseeded permutation then gives other images."""
+    file = (
+        "import numpy as np\n"
+        "from support.own import own_tensors\n\n\n"
+        "def make_data():\n"
+        "    images, labels = own_tensors()\n"
+        "    order = np.random.permutation(640){}\n"
+        "    train, test = order[:500], order[500:]\n"
+        '    return {{"train": (images[train], labels[train]), "test": (images[test], labels[test])}}\n'
+    )
+    beside = {"PYTHONPATH": os.pathsep.join(sys.path)}
+    evaluate = [sys.executable, "-m", "fastdynat", "eval"]
+    network = ["--model", "own.py:make_net", "--epochs", "1"]
+    for name, change in (("shuffled", ""), ("fixed", ".tolist(); order.sort()")):
+        Path(f"{name}.py").write_text(file.format(change))
+        code = f"{name}.py:make_data"
+        assert main(["train", *QUICK, *network, "--data", code, "--run-dir", name]) == 0
+        own_data._called.clear()
+        np.random.seed(1)  # this process, too, makes other data now: training has restored numpy's state
+        flags = ["--attacks", "clean", "--cache", "off"]
+        if name == "fixed":
+            assert main(["eval", "fixed", *flags]) == 0
+            assert main(["eval", "shuffled", *flags, "--data", code]) == 0  # other data on purpose
+            continue
+        other = subprocess.run(
+            [*evaluate, "shuffled", *flags], env={**os.environ, **beside}, capture_output=True, text=True
+        )
+        assert other.returncode == 2
+        told = "shuffled.py:make_data makes other test images than when shuffled was trained"
+        assert told in other.stderr.strip().splitlines()[-1]
+        assert told in refusal(["eval", "shuffled", *flags, "--data", code], capsys)
+        weights = "shuffled/best/model.safetensors"
+        assert "makes other test images" in refusal(["eval", weights, *flags, "--data", code], capsys)
+        with pytest.raises(UserError, match="makes other test images than when shuffled was trained"):
+            fastdynat.evaluate("shuffled", code, "clean")
+        assert "makes other test images" in refusal(["report", "shuffled", "--out", "report.html"], capsys)

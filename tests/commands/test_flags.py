@@ -358,6 +358,8 @@ def test_the_last_of_a_repeated_flag_counts_and_is_said(capsys: pytest.CaptureFi
         ),
         (["compare", "--beta", "3"], "write --set METHOD.KEY=VALUE"),
         (["train", "--gpu", "0,1"], "--gpu must be the number of one GPU, got '0,1'"),
+        (["train", "--gpus", "4"], "--gpus may mean one GPU or a number of GPUs: use --device cuda:N"),
+        (["train", "--gpu_num=4"], "torchrun --nproc-per-node N -m fastdynat ... for N of them"),
         (["train", "word"], "unexpected 'word': fastdynat train takes only flags"),
         (["train", "--nesterov", "yes"], "unexpected 'yes'"),
         (["train", "--nesterov=yes"], "--nesterov takes no value: write --nesterov, or --no-nesterov"),

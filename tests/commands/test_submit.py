@@ -20,6 +20,7 @@ from fastdynat.commands.submit import train_task
 from fastdynat.commands.submit.job_file import read_job_file
 from fastdynat.commands.submit.submission import without_flag
 from fastdynat.commands.submit.train_task import TrainTask
+from fastdynat.config import read_config_file
 from fastdynat.errors import UserError
 from fastdynat.terminal.stop_request import StopRequest, request_stop
 
@@ -90,6 +91,28 @@ def test_the_job_of_slurm(
     stored = DelayedSubmission.load(tmp_path / "slurm" / "4711_submitted.pkl")
     expected = ("--run-dir", "runs/here", *TINY, "--resume", "auto")
     assert stored.function == TrainTask(expected, str(tmp_path))
+
+
+@pytest.mark.parametrize("folder", ["slurm", "logs/%j/x"])
+def test_a_job_keeps_the_configuration_that_was_submitted(
+    folder: str, cluster: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file may change while the job waits in the queue; here its task runs in this process."""
+    from submitit.core.utils import DelayedSubmission
+
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("lr: 0.05\nschedule: constant\n")
+    job = job_file(tmp_path, f"timeout_min: 60\nfolder: {folder}\n")
+    assert main(["train", "--submit", job, "--run-dir", "run", "--config=mine.yaml", *TINY]) == 0
+    mine.write_text("lr: 0.5\n")
+    stored = DelayedSubmission.load(tmp_path / folder.replace("%j", "4711") / "4711_submitted.pkl")
+    task = stored.function
+    (copy,) = (tmp_path / folder.partition("/")[0]).glob("config-*.yaml")
+    assert task.arguments == ("--run-dir", "run", *TINY, "--config", str(copy), "--resume", "auto")
+    assert main(["train", *task.arguments]) == 0
+    kept = read_config_file(tmp_path / "run" / "config.yaml")
+    assert (kept["lr"], kept["schedule"]) == (0.05, "constant")
+    assert main(["train", *task.arguments]) == 0  # requeued
 
 
 REFUSALS = {

@@ -1,13 +1,16 @@
 """The unit rule of radii and step sizes."""
 
 import math
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fastdynat.commands.main import main
 from fastdynat.errors import UserError
-from fastdynat.units import describe_size, parse_number, parse_size
+from fastdynat.recipes import read_recipe, recipe_names
+from fastdynat.units import check_step_width, describe_size, parse_number, parse_size
 
 
 @pytest.mark.parametrize(
@@ -55,3 +58,55 @@ def test_a_resolved_value_resolves_to_itself(value: float) -> None:
 def test_describe_shows_both_readings() -> None:
     assert describe_size(8 / 255) == "0.0313725 (8.00/255)"
     assert parse_number("1/4", "x") == 0.25
+
+
+@pytest.mark.parametrize(
+    ("step", "eps", "found"),
+    [
+        ("1", "8", "refused"),
+        ("0.5", 8.0, "refused"),
+        (0.5, "16", "refused"),
+        ("20", "8", "said"),  # both in levels
+        ("1/2", "8", "said"),
+        ("1", "8/255", "said"),
+        ("0.02", "0.005", "said"),
+        ("2/255", "1/255", None),  # the width of the ball
+        ("0.03", "8", None),
+        ("10", "8", None),
+        ("auto", "8", None),
+    ],
+)
+def test_steps_beyond_the_ball(step: float | str, eps: float | str, found: str | None) -> None:
+    step_size = 1.0 if step == "auto" else parse_size(step, "step_size").value
+    sizes = {"step_size": step_size, "radius": parse_size(eps, "eps").value}
+    if found == "refused":
+        told = f"but eps {float(eps):g} is read as {float(eps):g}/255: write {step}/255 for a step in 8-bit"
+        with pytest.raises(UserError, match=told):
+            check_step_width(step, eps, **sizes)
+    else:
+        assert (check_step_width(step, eps, **sizes) is not None) == (found == "said")
+
+
+def test_no_recipe_steps_beyond_its_ball() -> None:
+    for name in recipe_names():
+        values = read_recipe(name).values
+        if "step_size" in values and values.get("norm", "linf") == "linf":
+            step, eps = values["step_size"], values.get("eps", 0.031)
+            sizes = {"step_size": parse_size(step, "step_size").value, "radius": parse_size(eps, "eps").value}
+            assert check_step_width(step, eps, **sizes) is None, name
+
+
+def test_mixed_units_are_refused_by_train_and_eval(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], messages: list[str]
+) -> None:
+    run = tmp_path / "run"
+    told = "--step-size 1 is a share of the pixel range, but eps 8 is read as 8/255: write 1/255 for a step"
+    train = ["train", "--method", "madry", "--train-size", "32", "--val-size", "20", "--batch-size", "16"]
+    train += ["--steps", "1", "--epochs", "1", "--run-dir", str(run), "--quiet"]
+    assert main([*train, "--eps", "8", "--step-size", "1"]) == 2
+    assert told in capsys.readouterr().err.splitlines()[-1]
+    assert not run.exists()
+    assert main([*train, "--eps", "8/255", "--step-size", "0.5"]) == 0
+    assert "step_size 0.5 (127.50/255) is more than twice eps 0.0313725 (8.00/255)" in messages
+    assert main(["eval", str(run), "--eps", "8", "--step-size", "1"]) == 2
+    assert told in capsys.readouterr().err.splitlines()[-1]

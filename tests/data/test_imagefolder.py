@@ -68,6 +68,34 @@ def test_other_names_of_the_test_folder(root, name):
     assert len(load_test("imagefolder", root)[1]) == 4
 
 
+NOT_USED = "{!r}{} is not used: the test images are those in {!r}"
+
+
+def test_a_val_folder_beside_the_test_folder_is_said_to_be_unused(root, messages):
+    shutil.copytree(root / "test", root / "val")
+    for index in range(3):
+        write_image(root / "val" / "ant" / f"more{index}.png")
+    assert len(load_test("imagefolder", root)[1]) == 4
+    assert NOT_USED.format(str(root / "val"), "", "test") in messages
+    messages.clear()
+    load(root)
+    assert NOT_USED.format(str(root / "val"), "", "test") in messages
+
+
+@pytest.mark.parametrize("inside", ["", "images"])  # ILSVRC, and Tiny ImageNet's test folder
+def test_an_unlabelled_test_folder_gives_way_to_val(root, inside, messages):
+    (root / "test").rename(root / "val")
+    for index in range(3):
+        write_image(root / "test" / inside / f"{index}.png")
+    labels = load_test("imagefolder", root)[1].labels
+    assert labels.tolist() == [0, 1, 0, 1]
+    assert NOT_USED.format(str(root / "test"), ", which has no class folders,", "val") in messages
+    assert len(load(root).train) == 8
+    shutil.rmtree(root / "val")
+    with pytest.raises(UserError, match=r"test' holds \d class folder\(s\); classification needs at least 2"):
+        load_test("imagefolder", root)
+
+
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK"])
 def test_every_mode_becomes_rgb(root, mode):
     suffix = "jpg" if mode == "CMYK" else "png"

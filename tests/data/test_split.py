@@ -57,6 +57,19 @@ def test_share_and_number_agree():
     assert all(torch.equal(a, b) for a, b in zip(by_share, by_number, strict=True))
 
 
+def test_a_share_of_less_than_an_image_is_refused():
+    labels = labels_of([800, 637])
+    with pytest.raises(
+        UserError, match=r"val_size 0\.0003 holds none of 1437 training images out; use 1 or more"
+    ):
+        stratified_split(labels, val_size=0.0003, limit=None, seed=0)
+    with pytest.raises(UserError, match=r"val_size 0\.1 holds none of 4 training images out"):
+        stratified_split(labels_of([2, 2]), val_size=None, limit=None, seed=0)
+    for nothing in (0, 0.0):
+        assert not len(stratified_split(labels, val_size=nothing, limit=None, seed=0)[1])
+    assert len(stratified_split(labels, val_size=0.001, limit=None, seed=0)[1]) == 1
+
+
 def test_deterministic_in_the_seed_only():
     labels = labels_of([200, 200])
     state = torch.get_rng_state()

@@ -2,15 +2,19 @@
 
 import signal
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.own import own_tensors
 from support.tiny_run import TINY
 
+from fastdynat import train
 from fastdynat.commands.main import main
 from fastdynat.data.loader import PlannedLoader
+from fastdynat.errors import UserError
 
 AUGMENTED = [
     *("--method", "trades", "--model", "small", "--label-smoothing", "0.1", "--augment", "crop"),
@@ -55,6 +59,24 @@ def test_resumed_inside_an_epoch(whole: Path, tmp_path: Path, monkeypatch: pytes
     assert (state["epoch"], state["epoch_step"]) == (1, 2)
     assert main(["train", "--resume", str(run), "--quiet"]) == 0
     assert_same_weights(run, whole)
+
+
+@pytest.mark.parametrize("channels", [2, 4])
+def test_images_whose_channels_are_no_colours(channels: int, tmp_path: Path) -> None:
+    images, labels = own_tensors(64)
+    data = images.expand(-1, channels, -1, -1).clone(), labels
+    flags: dict[str, Any] = {"method": "madry", "steps": 1, "epochs": 1, "batch_size": 16, "model": "small"}
+    for augmentation, told in (
+        ({"aa": "trivialaugment"}, "aa trivialaugment"),
+        ({"aa": "idbh-weak", "augment": "none"}, "aa idbh-weak"),
+        ({"color_jitter": 0.4}, "color_jitter 0.4"),
+    ):
+        refused = rf"{told}: it changes the colours of grey or RGB images, but .* have {channels} channels"
+        with pytest.raises(UserError, match=refused):
+            train(data=data, run_dir=str(tmp_path / "refused"), **flags, **augmentation)
+    assert not (tmp_path / "refused").exists()
+    others = {"scale": (0.5, 1.0), "cutout": 4, "reprob": 0.5, "mixup": 0.5, "cutmix": 0.5, "augment": "flip"}
+    assert train(data=data, run_dir=str(tmp_path / "run"), **flags, **others).finished
 
 
 def test_the_torch_loader_trains_the_same_network(whole: Path, tmp_path: Path) -> None:

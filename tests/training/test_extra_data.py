@@ -15,7 +15,7 @@ from support.tiny_run import TINY
 from torch import nn
 
 from fastdynat.commands.main import main
-from fastdynat.config import ExtraConfig, RunConfig, TrainConfig, read_config_file
+from fastdynat.config import DataConfig, ExtraConfig, RunConfig, TrainConfig, read_config_file
 from fastdynat.data import DatasetInfo
 from fastdynat.data.extra_store import ExtraSet, ExtraStore
 from fastdynat.data.imagefolder import list_files
@@ -26,7 +26,7 @@ from fastdynat.execution.float32 import float32_flags, put_float32_flags
 from fastdynat.methods.madry import MadryOptions
 from fastdynat.runs import load_network
 from fastdynat.training.extra_data import open_extra
-from fastdynat.training.pseudo_labels import _predictions
+from fastdynat.training.pseudo_labels import _predictions, read_labels
 
 FAST = [*TINY, "--method", "madry"]
 EXTRA = 90
@@ -302,9 +302,13 @@ def extra_in_folders(root: Path, names: list[str], info: DatasetInfo) -> ExtraSe
     return opened(root, info)
 
 
-def opened(source: Path, info: DatasetInfo) -> ExtraSet:
-    extra, run = ExtraConfig(extra_data=str(source)), RunConfig(quiet=True)
-    found = open_extra(TrainConfig(method="madry", options=MadryOptions(), extra=extra, run=run), info)
+def opened(
+    source: Path, info: DatasetInfo, labels: Path | None = None, data: str = "imagefolder"
+) -> ExtraSet:
+    extra = ExtraConfig(extra_data=str(source), extra_labels=None if labels is None else str(labels))
+    about, run = DataConfig(data=data), RunConfig(quiet=True)
+    config = TrainConfig(method="madry", options=MadryOptions(), data=about, extra=extra, run=run)
+    found = open_extra(config, info)
     assert found is not None
     return found
 
@@ -419,3 +423,74 @@ def test_an_export_says_that_extra_images_were_used(npz: Path, tmp_path: Path) -
         assert main(["export", str(tmp_path / name), "--out", str(out), "--dataset", "cifar10"]) == 0
         entry = json.loads(out.with_suffix(".json").read_text())
         assert entry["additional_data"] is (name == "Extra2026Test")
+
+
+def labelled_folders(root: Path, counts: dict[str, int]) -> tuple[ExtraStore, list[int]]:
+    """Class folders of different sizes, packed, and the colour of each of the store's images: its class."""
+    for colour, (name, count) in enumerate(counts.items()):
+        (root / name).mkdir(parents=True)
+        for number in range(count):
+            Image.new("RGB", (8, 8), (colour,) * 3).save(root / name / f"{number:03}.png")
+    store = pack(open_sources([root], None), root.with_name("store"), display=SILENT)
+    return store, store.read(torch.arange(len(store)))[:, 0, 0, 0].tolist()
+
+
+# Other names than the dataset's, and a teacher that is wrong about every fourth image.
+FOLDERS = {"n01": 50, "n02": 70, "n03": 30}
+WORDS = DatasetInfo("words", 3, (3, 8, 8), ("cat", "dog", "fox"), (0.5,) * 3, (0.2,) * 3, "none")
+
+
+@pytest.mark.parametrize("wrong", [0, 4])
+def test_label_files_in_the_order_of_image_folder_are_refused(wrong: int, tmp_path: Path) -> None:
+    store, classes = labelled_folders(tmp_path / "extra", FOLDERS)
+    odd = [0] * len(classes)
+    if wrong:
+        odd[::wrong] = [1] * len(odd[::wrong])
+    file = tmp_path / "labels.npy"
+    meant = [2, 0, 1]  # the dataset's label of each folder
+    found = [(meant[c] + o) % 3 for c, o in zip(classes, odd, strict=True)]
+    np.save(file, np.array(found))
+    assert read_labels(file, store, WORDS).tolist() == found
+    np.save(file, np.array([(meant[c] + o) % 3 for c, o in zip(sorted(classes), odd, strict=True)]))
+    with pytest.raises(UserError, match="has the order of torchvision's ImageFolder, one class folder after"):
+        read_labels(file, store, WORDS)
+
+
+def test_labels_that_class_folders_say_nothing_about_are_taken(tmp_path: Path) -> None:
+    store, _ = labelled_folders(tmp_path / "extra", FOLDERS)
+    for seed in range(20):
+        file, labels = tmp_path / "labels.npy", np.random.default_rng(seed).integers(0, 3, len(store))
+        np.save(file, labels)
+        assert read_labels(file, store, WORDS).tolist() == labels.tolist()
+
+
+def test_a_label_file_may_be_written_again_while_a_run_uses_its_labels(npz: Path, tmp_path: Path) -> None:
+    store, file = pack(open_sources([npz], None), tmp_path / "store", display=SILENT), tmp_path / "labels.npy"
+    info = DatasetInfo("ten", 10, (1, 32, 32), tuple("abcdefghij"), (0.5,), (0.2,), "none")
+    labels = np.arange(EXTRA) % 10
+    np.save(file, labels)
+    found = ExtraSet(store, read_labels(file, store, info), info.image_shape, file)
+    with file.open("r+b") as opened_file:  # as np.save does: in the same file
+        np.save(opened_file, 9 - labels)
+    assert found.labels_at(torch.arange(EXTRA)).tolist() == labels.tolist()
+
+
+def test_the_meaning_of_labels_without_names_is_said(tmp_path: Path, messages: list[str]) -> None:
+    """A folder numbers CIFAR-10's classes alphabetically: 0 is the bird, but in published files the plane."""
+    words = ["plane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+    info = class_info(tmp_path / "data", words)
+    npz = write_npz(tmp_path / "extra.npz", EXTRA)
+    opened(npz, info)
+    first = "extra labels are read as 0 = bird, 1 = car, 2 = cat, 3 = deer, 4 = dog, 5 = frog, "
+    assert [m for m in messages if m.startswith("extra labels")] == [
+        first + "6 = horse, 7 = plane, 8 = ship, 9 = truck"
+    ]
+    messages.clear()
+    np.save(tmp_path / "labels.npy", np.zeros(EXTRA, dtype=np.int64))
+    opened(npz, class_info(tmp_path / "more", [*words, "zebra"]), tmp_path / "labels.npy")
+    assert messages[-1].endswith("8 = ship, 9 = truck, ...")
+    messages.clear()
+    opened(npz, info, data="cifar10")  # its numbers are published
+    opened(npz, class_info(tmp_path / "numbers", numbers(*range(10))))
+    extra_in_folders(tmp_path / "named", numbers(*range(3)), info)
+    assert not [m for m in messages if m.startswith("extra labels")]

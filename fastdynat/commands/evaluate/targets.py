@@ -30,6 +30,7 @@ from fastdynat.runs import (
     CONFIG,
     LAST,
     Sidecar,
+    check_test_images,
     data_difference,
     find_checkpoint,
     guide_weights,
@@ -39,7 +40,7 @@ from fastdynat.runs import (
     require_run,
 )
 from fastdynat.runs.layout import real
-from fastdynat.units import parse_size
+from fastdynat.units import check_step_width, parse_size
 from fastdynat.user_code import check_stored, short_name
 
 logger = logging.getLogger(__name__)
@@ -190,6 +191,7 @@ class Planner:
             test = self._test_set(data, folder, size, download=bool(stored.get("download", True)))
             if difference := data_difference(sidecar, test.info):
                 raise UserError(f"{path} was trained on {difference}")
+            check_test_images(sidecar, test.info, str(path))
             trained = {key: getattr(sidecar, key) for key in ("method", "architecture", "dataset", "epoch")}
             trained["architecture"] = short_name(sidecar.architecture)
             for radius in self._radii(str(path), test.info, sidecar):
@@ -252,6 +254,7 @@ class Planner:
             weights = read_sidecar(file)[1]
             if difference := data_difference(about, info):
                 raise UserError(f"{file} was trained on {difference}")
+            check_test_images(about, info, str(file))
             trained = {key: getattr(about, key) for key in ("method", "architecture", "dataset", "epoch")}
             trained["architecture"] = short_name(about.architecture)
             radius = self._radius(info, about.norm, about.eval_eps)
@@ -312,7 +315,14 @@ class Planner:
                 if size.notice:
                     logger.info(size.notice)
         assert values[0] is not None
-        return Radius(norm, values[0], usual_step(norm, values[0]) if values[1] is None else values[1])
+        radius = Radius(norm, values[0], usual_step(norm, values[0]) if values[1] is None else values[1])
+        if norm == "linf":
+            wide = check_step_width(
+                config.step_size, config.eps, step_size=radius.step_size, radius=radius.eps
+            )
+            if wide is not None:
+                logger.info(wide)
+        return radius
 
     def _test_set(self, data: str, folder: str, size: int | None, *, download: bool) -> MeasuredImages:
         folder = folder if self.config.data_dir == "auto" else self.config.data_dir

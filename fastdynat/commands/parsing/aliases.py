@@ -80,7 +80,9 @@ VALUES = {
     "--use-amp": "--amp",
 }
 # Their value is the number of a GPU.
-GPU = ("--gpu", "--gpu-id", "--gpu-ids", "--gpus", "--gpu-num")
+GPU = ("--gpu", "--gpu-id", "--gpu-ids")
+# In some scripts their value is the number of a GPU, in others (Lightning's) how many there are.
+GPU_COUNTS = ("--gpus", "--gpu-num")
 # Flags with a value that may stand bare.
 BARE = {
     "--amp": ("auto", get_args(AutoAmp)),
@@ -114,6 +116,11 @@ def _replaced(words: list[str], flags: Container[str]) -> Iterator[str]:
             if not equals and words[i : i + 1] and not words[i].startswith("-"):
                 value, i = words[i], i + 1
             yield f"--device={_device(name, value)}"
+        elif name in GPU_COUNTS and "--device" in flags:
+            raise UserError(
+                f"{name} may mean one GPU or a number of GPUs: use --device cuda:N for the GPU number N, or "
+                "torchrun --nproc-per-node N -m fastdynat ... for N of them"
+            )
         elif name in VALUES and not equals and VALUES[name].partition("=")[0] in flags:
             yield VALUES[name]
         else:

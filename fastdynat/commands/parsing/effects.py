@@ -12,10 +12,10 @@ from fastdynat.user_code import is_hub_data, is_user_supplied, short_name
 
 def check_effects(config: TrainConfig[Any], given: Iterable[str]) -> None:
     """Raise UserError for the first of the flags `given` without effect, unless at its default."""
-    idle, defaults = idle_keys(config), _defaults(config)
+    idle, defaults = idle_keys(config), defaults_of(config)
     for flag in sorted(given):
         key = flag.removeprefix("--").replace("-", "_")
-        value, default = _value(config, key), defaults.get(key)
+        value, default = value_of(config, key), defaults.get(key)
         if key in idle and value != default:
             raise UserError(f"{flag} has no effect: {idle[key]}")
 
@@ -86,7 +86,8 @@ def idle_keys(config: TrainConfig[Any]) -> dict[str, str]:
     return found
 
 
-def _value(config: TrainConfig[Any], key: str) -> Any:
+def value_of(config: TrainConfig[Any], key: str) -> Any:
+    """The value of `key` in `config`; None for a key that it does not have."""
     return next((getattr(p, key) for p in _parts(config) if hasattr(p, key)), None)
 
 
@@ -94,5 +95,6 @@ def _parts(config: TrainConfig[Any]) -> tuple[Any, ...]:
     return (*(getattr(config, name) for name in GROUPS), config.options)
 
 
-def _defaults(config: TrainConfig[Any]) -> dict[str, Any]:
+def defaults_of(config: TrainConfig[Any]) -> dict[str, Any]:
+    """The default of each key of `config`."""
     return {field.name: field.default for part in _parts(config) for field in fields(part)}

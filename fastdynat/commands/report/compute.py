@@ -17,7 +17,7 @@ from fastdynat.errors import UserError
 from fastdynat.evaluation import Stopped
 from fastdynat.evaluation.measure import exact_float32
 from fastdynat.ops import image_draws
-from fastdynat.runs import data_difference, load_network
+from fastdynat.runs import check_test_images, data_difference, load_network
 from fastdynat.terminal.progress import ProgressDisplay
 from fastdynat.terminal.stop_request import StopRequest
 from fastdynat.tuning.devices import pick_device
@@ -95,6 +95,7 @@ class _Workshop:
             info, images = self.images(target)
             if difference := data_difference(sidecar, info):
                 raise UserError(f"{target.record.path} was trained on {difference}")
+            check_test_images(sidecar, info, str(target.record.path))
             network = network.to(self.device).requires_grad_(False)
             self._subjects[path] = AttackedNetwork(
                 network, images, sidecar.norm, sidecar.eval_eps, sidecar.class_names

@@ -1,9 +1,11 @@
 """Submission of a job through submitit, and what to type next."""
 
+import hashlib
 import importlib.util
+import itertools
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +13,23 @@ from fastdynat.commands.submit.job_file import JobFile, read_job_file
 from fastdynat.commands.submit.preflight import check_before_submission
 from fastdynat.commands.submit.train_task import TrainTask
 from fastdynat.config import TrainConfig
+from fastdynat.documents import read_bytes
+from fastdynat.documents.yamls import LIMIT
 from fastdynat.errors import UserError, first_line
+from fastdynat.runs.atomic_files import make_folder, write_bytes
 
 FLAG = "--submit"
 
 
-def submit_training(file: str, argv: Sequence[str], config: TrainConfig[Any], *, resumes: bool) -> int:
+def submit_training(
+    file: str, argv: Sequence[str], config: TrainConfig[Any], early: Mapping[str, str]
+) -> int:
     """Submit ``fastdynat train`` with the arguments `argv`; the exit code.
 
     Args:
         file: the YAML file.
         config: what `argv` means, unresolved.
-        resumes: `argv` has --resume.
+        early: those of `argv` that `early_flags` finds.
 
     Raises:
         UserError: submitit is not installed; the file, or anything that the job would refuse on any machine;
@@ -33,10 +40,32 @@ def submit_training(file: str, argv: Sequence[str], config: TrainConfig[Any], *,
     run_dir = _run_dir(config)
     job_file = read_job_file(Path(file), name=Path(run_dir).name)
     check_before_submission(config, tasks=job_file.tasks)
-    arguments = [*without_flag(argv, FLAG), *([] if resumes else ["--resume", "auto"])]
+    arguments = without_flag(argv, FLAG)
+    if "--config" in early:
+        copy = _copied(Path(early["--config"]), job_file.folder)
+        arguments = [*without_flag(arguments, "--config"), "--config", str(copy)]
+    arguments += [] if "--resume" in early else ["--resume", "auto"]
     job = submit(job_file, TrainTask(tuple(arguments), os.getcwd()))
     print("\n".join(_next_steps(job, job_file, run_dir)))
     return 0
+
+
+def _copied(file: Path, folder: str) -> Path:
+    """A copy of the configuration `file` in the job's `folder`, named by its content.
+
+    The job reads it when it starts and whenever it is requeued; the user may change `file` in the meantime.
+
+    Raises:
+        UserError: `file` is a pipe, which has been read.
+        WriteError: the folder cannot be written.
+    """
+    content = read_bytes(file, limit=LIMIT, remedy="--submit needs a file that can be read again")
+    # The number of the job, which %j stands for, is not known yet.
+    parts = itertools.takewhile(lambda part: "%" not in part, Path(folder).absolute().parts)
+    copy = Path(*parts) / f"config-{hashlib.sha256(content).hexdigest()[:16]}.yaml"
+    make_folder(copy.parent)
+    write_bytes(copy, content)
+    return copy
 
 
 def _run_dir(config: TrainConfig[Any]) -> str:
