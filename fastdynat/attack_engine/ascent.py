@@ -94,6 +94,8 @@ class Ascent:
             For evaluations, which count zero gradients and also run attacks without gradients.
         judge: the network itself, images -> logits, where `network` is a replica that rounds differently: it
             decides where the replica's logits nearly tie (`settle_ties`).
+        final: an image that is misclassified stays so. False where another network judges the images, as for
+            a transfer attack: an attack may then not stop at the first misclassified point.
     """
 
     network: Callable[[Tensor], Tensor]
@@ -102,6 +104,7 @@ class Ascent:
     closed_form: bool = True
     allow_no_gradient: bool = field(default=False, kw_only=True)
     judge: Callable[[Tensor], Tensor] | None = field(default=None, kw_only=True)
+    final: bool = field(default=True, kw_only=True)
 
     @property
     def max_halvings(self) -> int:

@@ -157,6 +157,7 @@ def measure(
                         _attacked, victim, batch.x, *how[:3], compile_mode=compile_mode, fallbacks=fallbacks
                     )
                     ascent = make().ascent if kept is None else kept.of(victim, how, make)
+                    ascent = replace(ascent, final=source is None)
                 with uncompiled() if len(batch.x) < batch_size <= len(chosen) else nullcontext():
                     draws = ImageDraws.of(seed, numbers[batch.indices], device)
                     result = attack.run(ascent, batch.x, batch.labels, draws=draws, tick=tick)

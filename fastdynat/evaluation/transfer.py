@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -72,7 +72,7 @@ def transfer_matrix(
         for source, network in enumerate(targets):
             ascent: Ascent | None = None
             for batch in eval_batches(images, batch_size=batch_size, device=device):
-                ascent = ascent or attacked(network, batch.x)
+                ascent = ascent or replace(attacked(network, batch.x), final=len(targets) == 1)
                 tick = BatchTick(len(batch.x), should_stop, advance)
                 tick(0)
                 draws = ImageDraws.of(seed, batch.indices, device)
