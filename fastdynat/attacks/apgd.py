@@ -28,6 +28,7 @@ from fastdynat.attacks.apgd_loss import APGDLoss, loss_and_grad
 from fastdynat.attacks.registry import Radii, register
 from fastdynat.errors import UserError, unknown_name
 from fastdynat.ops.image_draws import Randomness
+from fastdynat.ops.pgd_step_l2 import finite_gradient
 
 # (gradient at the logits, (losses, logits)); named, because Dynamo traces no nested
 # generic alias.
@@ -355,10 +356,12 @@ def _look(
         return (weights * ascent.underflow.loss_scale).to(logits.dtype), (loss, logits)
 
     (loss, logits), grad = ascent.value_and_grad(ascent.to_model_input(x_adv), logit_grad)
+    # Of each draw: one that is not finite would spoil the sum.
+    grad = finite_gradient(grad, x_adv.dtype)
     for _ in range(spec.eot - 1):
         (loss, logits), more = ascent.value_and_grad(ascent.to_model_input(x_adv), logit_grad)
-        grad = grad + more
-    return grad.to(x_adv.dtype), loss, logits
+        grad = finite_gradient(grad + finite_gradient(more, x_adv.dtype), x_adv.dtype)
+    return grad, loss, logits
 
 
 def _review(s: _Run, spec: APGD, eps: float, back: int) -> _Run:

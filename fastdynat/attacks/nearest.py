@@ -5,6 +5,7 @@ from torch import Tensor
 
 from fastdynat.attack_engine.ascent import Ascent
 from fastdynat.attack_engine.goal import AttackGoal, GoalKind, wide
+from fastdynat.attack_engine.lengths import bounded_gradient
 from fastdynat.attacks.interface import Nearest
 from fastdynat.ops.attack_logit_grad import inverse_power_of_two
 
@@ -39,7 +40,8 @@ def hinge_and_grad(
 ) -> tuple[Tensor, Tensor]:
     """The goal's value (N,), and the gradient of ``max(kappa - value, 0)`` at `model_input`.
 
-    The gradient has the network's own size: a small weight c would bring half precision nearer to underflow.
+    The gradient has the network's own size, but for entries that are not finite (`bounded_gradient`): a small
+    weight c would bring half precision nearer to underflow.
     """
     goal = AttackGoal.from_kind(kind, target)
 
@@ -47,7 +49,8 @@ def hinge_and_grad(
         value = goal.per_image(logits)
         return -goal.logit_grad(logits) * (value < kappa)[:, None], value
 
-    return ascent.value_and_grad(model_input, logit_grad)
+    value, grad = ascent.value_and_grad(model_input, logit_grad)
+    return value, bounded_gradient(grad)
 
 
 def result(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdynat.attack_engine.ascent import Ascent, Underflow
+from fastdynat.attack_engine.attack_result import AttackResult
 from fastdynat.attack_engine.attack_switches import AttackSwitches
 from fastdynat.attack_engine.engine import AttackEngine
 from fastdynat.attack_engine.network_modes import NotCopyable, attack_mode
@@ -106,7 +107,8 @@ def measure(
 
     Every image counts; a misclassified clean image stays misclassified, whatever the attack returns. The
     attack runs on a fast replica of the network; the prediction that counts is `model`'s own, in eval mode
-    and full float32, at the adversarial image; one outside the attack's ball (`Nearest.eps`) does not count.
+    and full float32, at the adversarial image; one that is not finite or outside the attack's ball
+    (`Nearest.eps`) does not count.
     Random numbers are functions of `seed` and the number of the image. An image's result is therefore that of
     any other batch size, order or division of the images, up to the rounding of the network; the global
     generator is left alone. Of an attack of another package (`NamedAttack.draws_per_image`), which draws from
@@ -161,11 +163,10 @@ def measure(
                 with uncompiled() if len(batch.x) < batch_size <= len(chosen) else nullcontext():
                     draws = ImageDraws.of(seed, numbers[batch.indices], device)
                     result = attack.run(ascent, batch.x, batch.labels, draws=draws, tick=tick)
-                x, zero, gradients = result.x_adv, zero + result.zero_grads, gradients + result.gradients
+                zero, gradients = zero + result.zero_grads, gradients + result.gradients
                 if isinstance(result, Nearest):
                     distances.append(_judged(model, batch.labels, right, result))
-                    # An adversarial image outside the ball does not count; the clean image does.
-                    x = torch.where(result.outside[:, None, None, None], batch.x, x)
+                x = counted(result, batch.x)
                 # A misclassified clean image stays so: a targeted attack may lead it to its label.
                 right &= predict(model, x) == batch.labels
             robust.append(right)
@@ -256,12 +257,23 @@ def _in_eval_mode(model: nn.Module, x: Tensor) -> Tensor:
         return model_logits(model, x)
 
 
+def counted(result: AttackResult, x: Tensor) -> Tensor:
+    """The images of `result` that count as adversarial, the clean ones `x` (N, C, H, W) in place of others.
+
+    Others are not finite, which no ball holds and every network gets wrong, or outside of a `Nearest`'s ball.
+    """
+    counts = result.x_adv.isfinite().flatten(1).all(1)
+    if isinstance(result, Nearest):
+        counts &= ~result.outside
+    return torch.where(counts[:, None, None, None], result.x_adv, x)
+
+
 def _judged(model: nn.Module, labels: Tensor, right: Tensor, result: Nearest) -> Tensor:
     """(N,) distances for `model` of images found on a replica or on another network.
 
     0 where `model` is not `right` (N,) about the clean image, infinite where it is not fooled.
     """
-    fooled = predict(model, result.x_adv) != labels
+    fooled = (predict(model, result.x_adv) != labels) & result.x_adv.isfinite().flatten(1).all(1)
     return torch.where(fooled, result.distance, torch.inf).masked_fill(~right, 0.0)
 
 
