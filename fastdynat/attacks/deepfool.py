@@ -81,7 +81,7 @@ class DeepFool:
         others = logits.scatter(1, labels[:, None], float("-inf"))
         rivals = others.topk(min(self.classes, logits.shape[1]) - 1).indices
         none = torch.zeros_like(labels)
-        begin = _State(x, labels, rivals, margin_goal(labels).reached(logits), none, none)
+        begin = _State(x, labels, rivals, ascent.settle_ties(x, logits, labels), none, none)
         end = iterate(
             begin,
             lambda s, i: self._step(s, ascent),

@@ -159,7 +159,7 @@ def measure(
                         _attacked, victim, batch.x, *how[:3], compile_mode=compile_mode, fallbacks=fallbacks
                     )
                     ascent = make().ascent if kept is None else kept.of(victim, how, make)
-                    ascent = replace(ascent, final=source is None)
+                    ascent = replace(ascent, final=ascent.final and source is None)
                 with uncompiled() if len(batch.x) < batch_size <= len(chosen) else nullcontext():
                     draws = ImageDraws.of(seed, numbers[batch.indices], device)
                     result = attack.run(ascent, batch.x, batch.labels, draws=draws, tick=tick)
@@ -229,25 +229,35 @@ def _attacked(
     compile_mode: str = "off",
     fallbacks: Fallbacks | None = None,
 ) -> Attacked:
-    dtype = half_of(model, x.dtype) or amp_dtype
+    own = half_of(model, x.dtype)
+    dtype = own or amp_dtype
+    # By autocast the attack searches another network than the one that judges its images. A model that is
+    # itself in half precision is rounded otherwise than a replica, with folded batch norm by a visible share
+    # of the logits.
+    judging: dict[str, Any] = {"final": own is not None or amp_dtype is None}
+    if own is not None:
+        judging |= {"judge": partial(_in_eval_mode, model), "strict": True}
     example = x[:2].to(own_dtype(model) or x.dtype)
     try:
         switches = AttackSwitches.fastest(
-            x.device, dtype, channels_last=channels_last or None, winograd=winograd, compile=compile_mode
+            x.device,
+            dtype,
+            channels_last=channels_last or None,
+            winograd=winograd,
+            fold=own is None,
+            compile=compile_mode,
         )
         fallbacks = SilentFallbacks() if compile_mode == "off" else fallbacks or Fallbacks()
         engine = AttackEngine(
             model, example, switches=switches, rescale=rescale, allow_no_gradient=True, fallbacks=fallbacks
         )
     except NotCopyable:
-        return Attacked(
-            Ascent(model, Underflow.guard("eval", dtype, rescale), dtype, allow_no_gradient=True),
-            lambda: None,
-        )
+        underflow = Underflow.guard("eval", dtype, rescale)
+        return Attacked(Ascent(model, underflow, dtype, allow_no_gradient=True, **judging), lambda: None)
     engine.prepare(x.to(example.dtype))
-    # In half precision the attack searches another network, whose ties are its own.
-    judge = None if dtype is not None else partial(_in_eval_mode, model)
-    return Attacked(replace(engine.ascent, judge=judge), engine.refresh)
+    if dtype is None:
+        judging["judge"] = partial(_in_eval_mode, model)
+    return Attacked(replace(engine.ascent, **judging), engine.refresh)
 
 
 def _in_eval_mode(model: nn.Module, x: Tensor) -> Tensor:
