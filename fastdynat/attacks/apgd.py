@@ -63,7 +63,7 @@ class APGD:
         norm: linf, l2 or l1.
         steps: steps per run.
         restarts: number of runs (for "dlr-t", per target class), each on the images that are still robust.
-        targets: number of target classes of "dlr-t": those with the largest logits after the predicted class.
+        targets: number of target classes of "dlr-t": those with the largest logits beside the label's.
         eot: gradients averaged per step, for randomised networks; above 1, a run goes on after its image is
             misclassified.
         rho: share of steps between two checkpoints that must raise the loss, else the step size is halved.
@@ -222,8 +222,9 @@ def _targets(logits: Tensor, labels: Tensor, spec: APGD) -> list[Tensor]:
     spec.check_classes(classes)
     if spec.loss != "dlr-t":
         return [labels]
-    order = logits.argsort(1, descending=True)
-    return [order[:, rank] for rank in range(1, min(spec.targets, classes - 1) + 1)]
+    # Without the label, which is not the largest logit of an image that a replica's rounding misclassifies.
+    others = logits.scatter(1, labels[:, None], -math.inf).argsort(1, descending=True)
+    return [others[:, rank] for rank in range(min(spec.targets, classes - 1))]
 
 
 def _one_run(

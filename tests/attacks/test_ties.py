@@ -137,15 +137,16 @@ def test_clean_images_on_the_boundary_are_attacked() -> None:
 
     tied = (model(z).argmax(1) == labels) & (erring(z).argmax(1) != labels)
     assert int(tied.sum()) >= 4
-    for name in ("apgd-ce8", "fab-t"):
+    for name in ("apgd-ce8", "apgd-t8", "fab-t"):
         search: Any = parse_attack(name, eps=EPS, step_size=EPS / 4).search
         found = search(
             Ascent(erring, judge=model, allow_no_gradient=True),
             z,
             labels,
             generator=torch.Generator().manual_seed(1),
-        ).x_adv
-        assert bool((model(found).argmax(1) != labels)[tied].all())
+        )
+        assert bool((model(found.x_adv).argmax(1) != labels)[tied].all())
+        assert int(found.zero_grads) == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
