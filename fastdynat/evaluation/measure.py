@@ -159,7 +159,7 @@ def measure(
                         _attacked, victim, batch.x, *how[:3], compile_mode=compile_mode, fallbacks=fallbacks
                     )
                     ascent = make().ascent if kept is None else kept.of(victim, how, make)
-                    ascent = replace(ascent, final=ascent.final and source is None)
+                    ascent = replace(ascent, final=source is None)
                 with uncompiled() if len(batch.x) < batch_size <= len(chosen) else nullcontext():
                     draws = ImageDraws.of(seed, numbers[batch.indices], device)
                     result = attack.run(ascent, batch.x, batch.labels, draws=draws, tick=tick)
@@ -231,12 +231,10 @@ def _attacked(
 ) -> Attacked:
     own = half_of(model, x.dtype)
     dtype = own or amp_dtype
-    # By autocast the attack searches another network than the one that judges its images. A model that is
+    # Under autocast the attack searches another network than the one that judges its images. A model that is
     # itself in half precision is rounded otherwise than a replica, with folded batch norm by a visible share
     # of the logits.
-    judging: dict[str, Any] = {"final": own is not None or amp_dtype is None}
-    if own is not None:
-        judging |= {"judge": partial(_in_eval_mode, model), "strict": True}
+    judge, strict = partial(_in_eval_mode, model), dtype is not None
     example = x[:2].to(own_dtype(model) or x.dtype)
     try:
         switches = AttackSwitches.fastest(
@@ -253,11 +251,10 @@ def _attacked(
         )
     except NotCopyable:
         underflow = Underflow.guard("eval", dtype, rescale)
-        return Attacked(Ascent(model, underflow, dtype, allow_no_gradient=True, **judging), lambda: None)
+        plain = Ascent(model, underflow, dtype, allow_no_gradient=True, strict=strict)
+        return Attacked(replace(plain, judge=judge) if strict else plain, lambda: None)
     engine.prepare(x.to(example.dtype))
-    if dtype is None:
-        judging["judge"] = partial(_in_eval_mode, model)
-    return Attacked(replace(engine.ascent, **judging), engine.refresh)
+    return Attacked(replace(engine.ascent, judge=judge, strict=strict), engine.refresh)
 
 
 def _in_eval_mode(model: nn.Module, x: Tensor) -> Tensor:

@@ -72,8 +72,7 @@ def transfer_matrix(
             ascent: Ascent | None = None
             for batch in eval_batches(images, batch_size=batch_size, device=device):
                 if ascent is None:
-                    ascent = attacked(network, batch.x)
-                    ascent = replace(ascent, final=ascent.final and len(targets) == 1)
+                    ascent = replace(attacked(network, batch.x), final=len(targets) == 1)
                 tick = BatchTick(len(batch.x), should_stop, advance)
                 tick(0)
                 draws = ImageDraws.of(seed, batch.indices, device)

@@ -1,5 +1,6 @@
 """A replica's rounding decides no verdict: where its logits nearly tie, the network itself does."""
 
+import sys
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from support.networks import tiny_cnn
 from torch import Tensor, nn
 
 from fastdynat.attack_engine.ascent import TIE, Ascent, Underflow
+from fastdynat.attack_engine.network_modes import NotCopyable
 from fastdynat.attacks import parse_attack
 from fastdynat.evaluation.measure import _judged, attacked
 
@@ -183,3 +185,23 @@ def test_a_replica_that_errs_by_more_than_a_tie_ends_no_attack() -> None:
             found = search(ascent, x, labels, generator=torch.Generator().manual_seed(1)).x_adv
             fell.append(int((model(found).argmax(1) != labels).sum()))
         assert min(fell) > 0
+
+
+@pytest.mark.parametrize("replica", [True, False])
+def test_an_attack_in_half_precision_is_judged_in_full(
+    replica: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, x = tiny_cnn(3).eval(), torch.rand(N, 3, 8, 8)
+    if not replica:
+
+        def refuse(*_: Any, **__: Any) -> Any:
+            raise NotCopyable("a test")
+
+        monkeypatch.setattr(sys.modules[attacked.__module__], "AttackEngine", refuse)
+    ascent = attacked(model, x, torch.bfloat16)
+    assert ascent.strict
+    assert ascent.judge is not None
+    assert torch.equal(ascent.judge(x), model(x))
+    plain = attacked(model, x)
+    assert not plain.strict
+    assert (plain.judge is not None) == replica
