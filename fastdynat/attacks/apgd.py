@@ -318,6 +318,7 @@ def _stepper(
             x_old = s.x_old if i > 1 else None
             x_adv = moves.moved(spec.norm, s.x_adv, x_old, s.grad, s.size, s.share, s.x, s.low, s.high, eps)
         grad, loss, logits = look(x_adv, s.labels, s.target)
+        loss = loss.to(s.loss)  # of a network in half precision, float32 at float64 images
         wrong = ascent.settle_ties(x_adv, logits, s.labels)
         if i == 0:
             s = replace(s, checked=loss, zero=~grad.flatten(1).any(1))

@@ -146,7 +146,8 @@ class FAB:
 
     def _step(self, ascent: Ascent, state: _State) -> _State:
         x, z, read = state.x, state.z, ascent.to_model_input(state.z)
-        value, w, zeros = self._nearest_plane(*_planes(ascent, read, state.labels, state.rivals))
+        values, normals = _planes(ascent, read, state.labels, state.rivals)
+        value, w, zeros = self._nearest_plane(values.to(x.dtype), normals.to(x.dtype))
         z = move(z, x, w, value, read.to(x.dtype), alpha_max=self.alpha_max, eta=self.eta, norm=self.norm)
         with torch.no_grad():
             logits = ascent.logits(ascent.to_model_input(z))
