@@ -94,6 +94,10 @@ class Ascent:
             For evaluations, which count zero gradients and also run attacks without gradients.
         judge: the network itself, images -> logits, where `network` is a replica that rounds differently: it
             decides where the replica's logits nearly tie (`settle_ties`).
+        strict: the replica may err by more than a tie, as one in half precision does: `judge` decides about
+            every image that it misclassifies; on a GPU, about every image.
+        final: an image that is misclassified stays so. False where another network judges the images, as for
+            a transfer attack: an attack may then not stop at the first misclassified point.
     """
 
     network: Callable[[Tensor], Tensor]
@@ -102,6 +106,8 @@ class Ascent:
     closed_form: bool = True
     allow_no_gradient: bool = field(default=False, kw_only=True)
     judge: Callable[[Tensor], Tensor] | None = field(default=None, kw_only=True)
+    strict: bool = field(default=False, kw_only=True)
+    final: bool = field(default=True, kw_only=True)
 
     @property
     def max_halvings(self) -> int:
@@ -125,12 +131,17 @@ class Ascent:
         """(N,) bool: which images `x` of classes `labels` are misclassified, of their replica's `logits`.
 
         NaN and +inf are never right. Where the label's logit and the largest other one are nearly equal,
-        `judge` decides. On a GPU, where counting these images would wait for the device, the replica does.
+        `judge` decides; if `strict`, also where the replica errs. On a GPU, where counting these images would
+        wait for the device, the replica decides, or if `strict`, the judge of every image.
         """
         wrong = predicted_classes(logits) != labels
-        if self.judge is None or x.is_cuda:
+        if self.judge is None or (x.is_cuda and not self.strict):
             return wrong
-        rows = nearly_ties(logits, labels).nonzero().squeeze(1)
+        if x.is_cuda:
+            with torch.no_grad():
+                return predicted_classes(self.judge(x)) != labels
+        asked = nearly_ties(logits, labels)
+        rows = (asked | wrong if self.strict else asked).nonzero().squeeze(1)
         if len(rows):
             with torch.no_grad():
                 wrong[rows] = predicted_classes(self.judge(x[rows])) != labels[rows]

@@ -7,6 +7,7 @@ from fastdynat.errors import unknown_name
 from fastdynat.ops.attack_logit_grad import inverse_power_of_two
 
 LENGTHS = ("linf", "l2", "l1")
+FAINT_SLOPE = 1e-3  # in logits per pixel unit; gradients of usual networks have larger entries
 SQUARES = (1e-15, 1e18)  # norms whose squares float32 holds accurately
 
 
@@ -25,6 +26,15 @@ def length(moved: Tensor, norm: str) -> Tensor:
     if norm == "l2":
         return _length_l2(moved, dims)
     return moved.abs().amax(dims) if norm == "linf" else moved.abs().sum(dims)
+
+
+def bounded_gradient(grad: Tensor) -> Tensor:
+    """`grad` with NaN as 0 and infinite entries as a small number, for attacks that use lengths of gradients.
+
+    Beside infinity or the largest number, every other entry would be lost, and squares would overflow. As a
+    small number it keeps its direction, so that an image whose gradient is infinite everywhere moves on too.
+    """
+    return torch.nan_to_num(grad, nan=0.0, posinf=FAINT_SLOPE, neginf=-FAINT_SLOPE)
 
 
 def unit_l2(moved: Tensor) -> Tensor:

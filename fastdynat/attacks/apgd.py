@@ -15,6 +15,7 @@ from fastdynat.attack_engine import apgd_steps as moves
 from fastdynat.attack_engine.ascent import Ascent
 from fastdynat.attack_engine.attack_result import AttackResult
 from fastdynat.attack_engine.goal import wide
+from fastdynat.attack_engine.lengths import per_image
 from fastdynat.attack_engine.shrinking_batch import (
     Tick,
     allowed_halvings,
@@ -27,6 +28,7 @@ from fastdynat.attacks.apgd_loss import APGDLoss, loss_and_grad
 from fastdynat.attacks.registry import Radii, register
 from fastdynat.errors import UserError, unknown_name
 from fastdynat.ops.image_draws import Randomness
+from fastdynat.ops.pgd_step_l2 import finite_gradient
 
 # (gradient at the logits, (losses, logits)); named, because Dynamo traces no nested
 # generic alias.
@@ -36,13 +38,15 @@ LARGER = ((3.0, 0.3), (2.0, 0.3), (1.0, 0.4))  # radius in units of eps, share o
 
 @dataclass(frozen=True, kw_only=True)
 class APGDResult(AttackResult):
-    """Result of APGD: the first misclassified iterate, or else the one with the highest loss.
+    """Result of APGD: a misclassified iterate, or else the one with the highest loss.
 
+    The first misclassified one, where a run ends; the last one, where runs go on (`APGD.goes_on`).
     `zero_grads` and `gradients` count the gradients at the starting points alone.
 
     Attributes:
         broken: (N,) bool: the attacked network misclassifies `x_adv`.
-        loss: (N,) at `x_adv`; -inf for a clean image that is misclassified.
+        loss: (N,) at `x_adv`, or where runs go on, the highest of the run; -inf for a misclassified clean
+            image that was not attacked.
     """
 
     broken: Tensor
@@ -59,8 +63,9 @@ class APGD:
         norm: linf, l2 or l1.
         steps: steps per run.
         restarts: number of runs (for "dlr-t", per target class), each on the images that are still robust.
-        targets: number of target classes of "dlr-t": those with the largest logits after the predicted class.
-        eot: gradients averaged per step, for randomised networks.
+        targets: number of target classes of "dlr-t": those with the largest logits beside the label's.
+        eot: gradients averaged per step, for randomised networks; above 1, a run goes on after its image is
+            misclassified.
         rho: share of steps between two checkpoints that must raise the loss, else the step size is halved.
         larger_eps: start in balls of 3 and 2 eps, each for 30 % of the steps. For l1.
     """
@@ -99,6 +104,14 @@ class APGD:
     ) -> APGDResult:
         return run_apgd(ascent, x, labels, self, generator=generator, tick=tick)
 
+    def goes_on(self, ascent: Ascent) -> bool:
+        """Every image runs all steps of a run, and its last misclassified iterate is returned.
+
+        That is the authors' code. Ending at the first one comes to the same only where the attacked network
+        always answers as it did, and where no other network judges.
+        """
+        return self.eot > 1 or not ascent.final
+
     def check_classes(self, classes: int) -> None:
         """Raise UserError where the loss is not defined for so few classes."""
         needed = {"ce": 2, "dlr": 3, "dlr-t": 4}[self.loss]
@@ -124,9 +137,11 @@ class _Run:
 
     Attributes:
         bounds: for linf, the lowest and highest pixels; the image itself twice for other norms.
-        over: misclassified, or not to be attacked; its point is final.
-        best, best_grad, loss: the point with the highest loss, its gradient and loss; of a misclassified
-            image, the first misclassified point.
+        over: finished, or not to be attacked; its point is final.
+        fell: misclassified at an iterate of the last phase.
+        last_wrong: the last such iterate, where runs go on after it (`APGD.goes_on`); else None.
+        best, best_grad, loss: the point with the highest loss, its gradient and loss; of an image whose run
+            ended where it was misclassified, that point.
         last_loss: of the previous iterate.
         rises: steps since the last checkpoint that raised the loss.
         reduced, checked: whether the last checkpoint halved the step size, and the highest loss then.
@@ -152,7 +167,14 @@ class _Run:
     share: Tensor
     moved: Tensor
     over: Tensor
+    fell: Tensor
+    last_wrong: Tensor | None
     zero: Tensor
+
+    def found(self) -> Tensor:
+        """The point that the run returns for each image."""
+        fell = per_image(self.fell, self.x)
+        return self.best if self.last_wrong is None else torch.where(fell, self.last_wrong, self.best)
 
 
 def run_apgd(
@@ -173,6 +195,8 @@ def run_apgd(
         logits = wide(ascent.logits(ascent.to_model_input(x)))
     targets = _targets(logits, labels, spec)
     broken, best = ascent.settle_ties(x, logits, labels), x.clone()
+    if spec.goes_on(ascent):  # another answer may be right about the clean image
+        broken = torch.zeros_like(broken)
     loss = torch.full_like(logits[:, 0], -math.inf)
     zero_grads, gradients = torch.zeros((), dtype=torch.int64, device=x.device), 0
     runs = len(targets) * spec.restarts
@@ -184,9 +208,9 @@ def run_apgd(
         start = None if x_starts is None else x_starts[run]
         end = _one_run(ascent, x, labels, target, spec, broken, start, generator, part(tick, run, runs))
         zero_grads, gradients = zero_grads + (end.zero & ~broken).sum(), gradients + standing
-        better = ~broken & (end.over | (end.loss > loss))
-        best, loss = replace_rows(best, better, end.best), torch.where(better, end.loss, loss)
-        broken = broken | end.over
+        better = ~broken & (end.fell | (end.loss > loss))
+        best, loss = replace_rows(best, better, end.found()), torch.where(better, end.loss, loss)
+        broken = broken | end.fell
     if spec.loss == "ce":
         loss = torch.where(loss == -math.inf, loss, F.softplus(loss, threshold=80))
     return APGDResult(best, zero_grads, gradients, broken=broken, loss=loss)
@@ -198,8 +222,9 @@ def _targets(logits: Tensor, labels: Tensor, spec: APGD) -> list[Tensor]:
     spec.check_classes(classes)
     if spec.loss != "dlr-t":
         return [labels]
-    order = logits.argsort(1, descending=True)
-    return [order[:, rank] for rank in range(1, min(spec.targets, classes - 1) + 1)]
+    # Without the label, which is not the largest logit of an image that a replica's rounding misclassifies.
+    others = logits.scatter(1, labels[:, None], -math.inf).argsort(1, descending=True)
+    return [others[:, rank] for rank in range(min(spec.targets, classes - 1))]
 
 
 def _one_run(
@@ -218,7 +243,7 @@ def _one_run(
     z = moves.start(x, spec.norm, phases[0][0], generator) if start is None else start
     for eps, steps in phases:
         z = moves.project_on_l1_ball(z, x, eps) if spec.larger_eps else z.clamp(0, 1)
-        state = _begin(x, labels, target, z, spec, eps, over)
+        state = _begin(x, labels, target, z, spec, eps, over, goes_on=spec.goes_on(ascent))
         # On a GPU, checking for finished images waits for the device.
         pace = {"every": 10 if x.is_cuda else 1, "max_halvings": allowed_halvings(ascent.max_halvings, x)}
 
@@ -232,7 +257,15 @@ def _one_run(
 
 
 def _begin(
-    x: Tensor, labels: Tensor, target: Tensor, z: Tensor, spec: APGD, eps: float, over: Tensor
+    x: Tensor,
+    labels: Tensor,
+    target: Tensor,
+    z: Tensor,
+    spec: APGD,
+    eps: float,
+    over: Tensor,
+    *,
+    goes_on: bool,
 ) -> _Run:
     low, high = ((x - eps).clamp_(min=0), (x + eps).clamp_(max=1)) if spec.norm == "linf" else (x, x)
     zero = torch.zeros(
@@ -258,9 +291,11 @@ def _begin(
         reduced=torch.ones_like(over),
         checked=zero,
         size=zero + moves.STEP[spec.norm] * eps,
-        share=moved / pixels / 1.5 if spec.larger_eps else zero + 0.2,
+        share=moved.to(zero) / pixels / 1.5 if spec.larger_eps else zero + 0.2,
         moved=moved,
         over=over,
+        fell=torch.zeros_like(over),
+        last_wrong=z.clone() if goes_on else None,
         zero=torch.zeros_like(over),
     )
 
@@ -270,7 +305,8 @@ def _stepper(
 ) -> Callable[[_Run, int], _Run]:
     """Step 0 evaluates the start; each other step moves, evaluates, and reviews the step size when due.
 
-    last: this is the last phase; an image that is misclassified in it is finished.
+    last: this is the last phase; an image that is misclassified in it falls, and is finished unless runs go
+        on.
     """
     reviews = moves.checkpoints(steps, spec.norm)
     # Neither radius nor number of steps is part of what is compiled.
@@ -282,11 +318,13 @@ def _stepper(
             x_old = s.x_old if i > 1 else None
             x_adv = moves.moved(spec.norm, s.x_adv, x_old, s.grad, s.size, s.share, s.x, s.low, s.high, eps)
         grad, loss, logits = look(x_adv, s.labels, s.target)
+        loss = loss.to(s.loss)  # of a network in half precision, float32 at float64 images
         wrong = ascent.settle_ties(x_adv, logits, s.labels)
         if i == 0:
             s = replace(s, checked=loss, zero=~grad.flatten(1).any(1))
-        falls = wrong & last
-        better = ~s.over & ((loss > s.loss) | falls)
+        falls = wrong & ~s.over & last
+        ends = falls if s.last_wrong is None else torch.zeros_like(falls)
+        better = ~s.over & ((loss > s.loss) | ends)
         s = replace(
             s,
             x_old=s.x_adv,
@@ -297,7 +335,9 @@ def _stepper(
             loss=torch.where(better, loss, s.loss),
             rises=s.rises + (loss > s.last_loss) if i else s.rises,
             last_loss=loss if i else s.last_loss,
-            over=s.over | falls,
+            over=s.over | ends,
+            fell=s.fell | falls,
+            last_wrong=None if s.last_wrong is None else replace_rows(s.last_wrong, falls, x_adv),
         )
         return _review(s, spec, eps, reviews[i]) if i in reviews else s
 
@@ -318,10 +358,12 @@ def _look(
         return (weights * ascent.underflow.loss_scale).to(logits.dtype), (loss, logits)
 
     (loss, logits), grad = ascent.value_and_grad(ascent.to_model_input(x_adv), logit_grad)
+    # Of each draw: one that is not finite would spoil the sum.
+    grad = finite_gradient(grad, x_adv.dtype)
     for _ in range(spec.eot - 1):
         (loss, logits), more = ascent.value_and_grad(ascent.to_model_input(x_adv), logit_grad)
-        grad = grad + more
-    return grad.to(x_adv.dtype), loss, logits
+        grad = finite_gradient(grad + finite_gradient(more, x_adv.dtype), x_adv.dtype)
+    return grad, loss, logits
 
 
 def _review(s: _Run, spec: APGD, eps: float, back: int) -> _Run:
@@ -341,7 +383,8 @@ def _review(s: _Run, spec: APGD, eps: float, back: int) -> _Run:
 def _review_l1(s: _Run, eps: float) -> _Run:
     moved = moves.changed(s.best, s.x)
     size, sparser = moves.l1_review(s.size, moved, s.moved, moves.STEP["l1"] * eps)
-    return replace(_back_to_best(s, sparser), size=size, share=moved / s.x[0].numel() / 1.5, moved=moved)
+    share = moved.to(size) / s.x[0].numel() / 1.5
+    return replace(_back_to_best(s, sparser), size=size, share=share, moved=moved)
 
 
 def _back_to_best(s: _Run, rows: Tensor) -> _Run:

@@ -205,11 +205,11 @@ def boundary(
     x_start: Tensor | None = None,
     generator: Randomness = None,
 ) -> Boundary:
-    """Search the boundary of `model` in eval mode and full precision, independent of the caller's modes.
+    """Search the boundary of `model` in eval mode and its own precision, independent of the caller's modes.
 
     Args:
         model: images in [0, 1] -> logits (N, K).
-        x: (N, C, H, W), float32 or float64, in [0, 1].
+        x: (N, C, H, W), float32 or float64, in [0, 1]; rounded for a model in half precision.
         labels: (N,) int64.
         x_start: starting points; None draws them (`boundary_start`).
         generator: source of the random start, a ``torch.Generator`` or `ImageDraws` of the images; None is
@@ -219,8 +219,8 @@ def boundary(
         UserError: `x` is not float32 or float64 or not in [0, 1], or the number of labels differs.
     """
     labels = check_batch(x, AttackGoal("margin", labels)).target
-    half_of(model, x.dtype)
+    ascent = Ascent(model, dtype=half_of(model, x.dtype))
     with torch.inference_mode(False), torch.enable_grad(), attack_mode(model, "eval"):
         x, labels = x.detach().clone(), labels.clone()
         x_start = None if x_start is None else x_start.detach().clone()
-        return run_boundary(Ascent(model), x, labels, x_start, spec=spec, generator=generator)
+        return run_boundary(ascent, x, labels, x_start, spec=spec, generator=generator)

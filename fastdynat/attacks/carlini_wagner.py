@@ -3,8 +3,6 @@
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +12,7 @@ from fastdynat.attack_engine.goal import AttackGoal
 from fastdynat.attack_engine.lengths import length, per_image
 from fastdynat.attack_engine.shrinking_batch import Tick, allowed_halvings, iterate, no_tick
 from fastdynat.attacks.interface import Nearest
-from fastdynat.attacks.nearest import hinge_and_grad, logit_unit, margin_goal, result, score
+from fastdynat.attacks.nearest import descent, logit_unit, margin_goal, result, score
 from fastdynat.attacks.per_image_adam import adam_
 from fastdynat.attacks.registry import Radii, register
 from fastdynat.errors import UserError
@@ -114,12 +112,10 @@ class CarliniL2:
         """Attack `x` (N, C, H, W) for `goal`, a "margin" one, which may be targeted."""
         already = score(ascent, x, goal) > 0
         every = self.steps // CHECKS
-        hinge = ascent.compiled(
-            partial(hinge_and_grad, kind=goal.kind, kappa=self.kappa), key=("hinge", goal.kind, self.kappa)
-        )
+        down = descent(ascent, goal.kind)
 
         def step(s: _State, i: int) -> _State:
-            s = self._step(s, ascent, hinge)
+            s = self._step(s, down)
             return self._turn_over(s) if (i + 1) % every == 0 else s
 
         end = iterate(
@@ -168,19 +164,20 @@ class CarliniL2:
             zeros=none,
         )
 
-    def _step(self, s: _State, ascent: Ascent, hinge: Callable[..., Any]) -> _State:
+    def _step(self, s: _State, down: Callable[..., tuple[Tensor, Tensor]]) -> _State:
         tanh = s.w.tanh()
         x_adv = _to_image(tanh)
-        margin, grad = hinge(ascent.to_model_input(x_adv), s.target)
-        margin, grad = margin.to(x_adv.dtype), grad.to(x_adv.dtype)
-        running, adversarial = s.left > 0, margin > self.kappa
+        running = s.left > 0
+        margin, grad = down(x_adv, s.target, running)
+        adversarial = margin > self.kappa
         zeros = (length(grad, "linf") == 0) & (margin < self.kappa) & running
         moved = x_adv - s.x
         squared = length(moved, "l2").square()
         closer = adversarial & (squared < s.squared) & running
         torch.where(per_image(closer, s.x), x_adv, s.nearest, out=s.nearest)
-        # The gradient in w: (2 moved + c grad) (1 - tanh^2) / 2, computed in place.
-        grad.mul_(per_image(s.c * s.unit / 2, s.x)).add_(moved)
+        # The gradient in w: (2 moved + c grad) (1 - tanh^2) / 2, computed in place; of the hinge, where it is
+        # not 0.
+        grad.mul_(per_image(s.c * s.unit / 2 * (margin < self.kappa), s.x)).add_(moved)
         grad.addcmul_(torch.mul(grad, tanh, out=moved), tanh, value=-1)
         taken = s.taken + 1
         adam_(s.w, s.mean, s.square, grad, lr=self.lr, taken=taken)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastdynat.attack_engine.ascent import Ascent
 from fastdynat.attack_engine.goal import wide
-from fastdynat.attack_engine.lengths import length, per_image
+from fastdynat.attack_engine.lengths import bounded_gradient, length, per_image
 from fastdynat.attack_engine.shrinking_batch import Tick, allowed_halvings, iterate, no_tick
 from fastdynat.attacks.interface import Nearest
 from fastdynat.attacks.nearest import margin_goal, result, score
@@ -81,7 +81,7 @@ class DeepFool:
         others = logits.scatter(1, labels[:, None], float("-inf"))
         rivals = others.topk(min(self.classes, logits.shape[1]) - 1).indices
         none = torch.zeros_like(labels)
-        begin = _State(x, labels, rivals, margin_goal(labels).reached(logits), none, none)
+        begin = _State(x, labels, rivals, ascent.settle_ties(x, logits, labels), none, none)
         end = iterate(
             begin,
             lambda s, i: self._step(s, ascent),
@@ -112,7 +112,7 @@ class DeepFool:
         )
 
     def _nearest_plane(self, s: _State, ascent: Ascent) -> tuple[Tensor, Tensor, Tensor]:
-        """``f_k - f_y`` of the nearest plane (N,), its gradient, and the number of flat planes (N,)."""
+        """``f_k - f_y`` of the nearest plane (N,), its gradient, and the number of useless planes (N,)."""
         logits, vjp = ascent.vjp(ascent.to_model_input(s.x_adv))
         gaps = wide(logits).gather(1, s.rivals) - wide(logits).gather(1, s.labels[:, None])
         best, nearest, flat = (
@@ -127,13 +127,14 @@ class DeepFool:
                 .scatter_(1, s.rivals[:, k, None], 1)
                 .scatter_(1, s.labels[:, None], -1)
             )
-            grad = vjp(weights).to(s.x_adv.dtype)
+            grad = bounded_gradient(vjp(weights).to(s.x_adv.dtype))
             norm = length(grad, DUAL[self.norm])
-            distance = torch.where(norm > 0, gaps[:, k].abs() / norm, float("inf"))
+            usable = (norm > 0) & norm.isfinite()
+            distance = torch.where(usable, gaps[:, k].abs() / norm, float("inf"))
             closer = distance < best
             best, plane = torch.where(closer, distance, best), torch.where(closer, k, plane)
             torch.where(per_image(closer, grad), grad, nearest, out=nearest)
-            flat = flat + ~(norm > 0)
+            flat = flat + ~usable
         return gaps.gather(1, plane[:, None])[:, 0].to(nearest.dtype), nearest, flat
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from fastdynat.attack_engine.ascent import FP16_LOSS_SCALE, Ascent
 from fastdynat.attack_engine.attack_result import AttackResult
 from fastdynat.attack_engine.goal import wide
-from fastdynat.attack_engine.lengths import length, per_image
+from fastdynat.attack_engine.lengths import bounded_gradient, length, per_image
 from fastdynat.attack_engine.shrinking_batch import Tick, allowed_halvings, iterate, no_tick, part
 from fastdynat.attacks.interface import Nearest
 from fastdynat.attacks.plane_search import DUAL, NORMS, move, start_away
@@ -146,7 +146,8 @@ class FAB:
 
     def _step(self, ascent: Ascent, state: _State) -> _State:
         x, z, read = state.x, state.z, ascent.to_model_input(state.z)
-        value, w, zeros = self._nearest_plane(*_planes(ascent, read, state.labels, state.rivals))
+        values, normals = _planes(ascent, read, state.labels, state.rivals)
+        value, w, zeros = self._nearest_plane(values.to(x.dtype), normals.to(x.dtype))
         z = move(z, x, w, value, read.to(x.dtype), alpha_max=self.alpha_max, eta=self.eta, norm=self.norm)
         with torch.no_grad():
             logits = ascent.logits(ascent.to_model_input(z))
@@ -163,12 +164,13 @@ class FAB:
         )
 
     def _nearest_plane(self, values: Tensor, normals: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Value (N,) and normal (N, ...) of the nearest of M planes, and the number of zero normals."""
+        """Value (N,) and normal (N, ...) of the nearest of M planes, and the number of useless ones."""
         sizes = length(normals.flatten(0, 1), DUAL[self.norm]).view(values.shape)
-        # A zero gradient makes a plane infinitely far away instead of NaN.
-        nearest = torch.where(sizes > 0, values.abs() / sizes, float("inf")).argmin(1)
+        usable = (sizes > 0) & sizes.isfinite()
+        # Any other gradient makes a plane infinitely far away instead of NaN or at hand.
+        nearest = torch.where(usable, values.abs() / sizes, float("inf")).argmin(1)
         rows = torch.arange(len(values), device=values.device)
-        return values[rows, nearest], normals[rows, nearest], (~(sizes > 0)).sum(1)
+        return values[rows, nearest], normals[rows, nearest], (~usable).sum(1)
 
 
 def _planes(ascent: Ascent, read: Tensor, labels: Tensor, rivals: Tensor) -> tuple[Tensor, Tensor]:
@@ -181,7 +183,8 @@ def _planes(ascent: Ascent, read: Tensor, labels: Tensor, rivals: Tensor) -> tup
     own = torch.zeros_like(logits).scatter_(1, labels[:, None], -scale)
     grads = [vjp(own.scatter(1, rival[:, None], scale)) for rival in rivals.unbind(1)]
     scores = wide(logits)
-    return scores.gather(1, rivals) - scores.gather(1, labels[:, None]), wide(torch.stack(grads, 1)) / scale
+    normals = bounded_gradient(wide(torch.stack(grads, 1)) / scale)
+    return scores.gather(1, rivals) - scores.gather(1, labels[:, None]), normals
 
 
 @register(

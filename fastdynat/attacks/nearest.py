@@ -1,10 +1,15 @@
 """Shared parts of the minimum-norm attacks."""
 
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from fastdynat.attack_engine.ascent import Ascent
+from fastdynat.attack_engine.ascent import Ascent, nearly_ties
 from fastdynat.attack_engine.goal import AttackGoal, GoalKind, wide
+from fastdynat.attack_engine.lengths import bounded_gradient
 from fastdynat.attacks.interface import Nearest
 from fastdynat.ops.attack_logit_grad import inverse_power_of_two
 
@@ -17,9 +22,27 @@ def margin_goal(labels: Tensor, targeted: bool = False) -> AttackGoal:
 
 
 def score(ascent: Ascent, x: Tensor, goal: AttackGoal) -> Tensor:
-    """The goal's value per image (N,)."""
+    """The value per image (N,) of the margin `goal`; see `settled`."""
     with torch.no_grad():
-        return goal.per_image(ascent.logits(ascent.to_model_input(x)))
+        logits = ascent.logits(ascent.to_model_input(x))
+        return settled(ascent, x, goal, goal.per_image(logits), nearly_ties(logits, goal.target))
+
+
+def settled(ascent: Ascent, x: Tensor, goal: AttackGoal, value: Tensor, near: Tensor) -> Tensor:
+    """`value` (N,) of the margin `goal` at `x`, that of the network itself where the replica's may mislead.
+
+    As `Ascent.settle_ties`: a point that only the replica misclassifies must not end a search.
+
+    near: (N,) bool, where the replica's logits nearly tie (`nearly_ties`).
+    """
+    if ascent.judge is None or (x.is_cuda and not ascent.strict):
+        return value
+    rows = (near | (value > 0) if ascent.strict else near).nonzero().squeeze(1)
+    if len(rows) == 0:
+        return value
+    with torch.no_grad():
+        own = replace(goal, target=goal.target[rows]).per_image(ascent.judge(x[rows]))
+    return value.index_copy(0, rows, own.to(value.dtype))
 
 
 def logit_unit(ascent: Ascent, x: Tensor) -> Tensor:
@@ -34,20 +57,36 @@ def logit_unit(ascent: Ascent, x: Tensor) -> Tensor:
     return torch.where((spread > 1 / USUAL) & (spread < USUAL), 1.0, inverse_power_of_two(spread)).to(x.dtype)
 
 
-def hinge_and_grad(
-    ascent: Ascent, model_input: Tensor, target: Tensor, *, kind: GoalKind, kappa: float
-) -> tuple[Tensor, Tensor]:
-    """The goal's value (N,), and the gradient of ``max(kappa - value, 0)`` at `model_input`.
+def descent(ascent: Ascent, kind: GoalKind) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """A function (x, target, asked) -> the value (N,) of the margin goal of `kind`, the gradient of minus it.
 
-    The gradient has the network's own size: a small weight c would bring half precision nearer to underflow.
+    Both are in the dtype of `x`, where the images `asked` (N,) bool are `settled`.
+    """
+    look = ascent.compiled(partial(_look, kind=kind), key=("descent", kind), names=("margin", "", "gradient"))
+
+    def at(x: Tensor, target: Tensor, asked: Tensor) -> tuple[Tensor, Tensor]:
+        value, near, grad = look(ascent.to_model_input(x), target)
+        value = settled(ascent, x, AttackGoal.from_kind(kind, target), value, near & asked)
+        return value.to(x.dtype), grad.to(x.dtype)
+
+    return at
+
+
+def _look(
+    ascent: Ascent, model_input: Tensor, target: Tensor, *, kind: GoalKind
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The goal's value (N,), `nearly_ties` (N,), and the gradient of minus the value at `model_input`.
+
+    The gradient has the network's own size, but for entries that are not finite (`bounded_gradient`): a small
+    weight c would bring half precision nearer to underflow.
     """
     goal = AttackGoal.from_kind(kind, target)
 
-    def logit_grad(logits: Tensor) -> tuple[Tensor, Tensor]:
-        value = goal.per_image(logits)
-        return -goal.logit_grad(logits) * (value < kappa)[:, None], value
+    def logit_grad(logits: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        return -goal.logit_grad(logits), (goal.per_image(logits), nearly_ties(logits, target))
 
-    return ascent.value_and_grad(model_input, logit_grad)
+    (value, near), grad = ascent.value_and_grad(model_input, logit_grad)
+    return value, near, bounded_gradient(grad)
 
 
 def result(

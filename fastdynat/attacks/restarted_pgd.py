@@ -66,7 +66,8 @@ class RestartedPGD:
         spec, classes = self.spec, labels[:, None]
         if self.target is not None:
             with torch.no_grad():
-                classes = target_classes(self.target, ascent.logits(x), labels, generator=generator)
+                logits = ascent.logits(ascent.to_model_input(x))
+                classes = target_classes(self.target, logits, labels, generator=generator)
 
         def attempt(towards: Tensor, rows: Tensor, tick: Tick) -> AttackResult:
             # Drawn for all images, so that where one starts does not depend on which others still stand.

@@ -24,9 +24,9 @@ def until_broken(
     """Run the first attempt on all images `x` (N, C, H, W), each further one on those still robust.
 
     Where each new batch size costs (`allowed_halvings`), finished images fill the batch up; they keep their
-    result. Each image keeps the result that the attacked network misclassifies by most, or comes closest to
-    misclassifying: the largest margin over its class of `labels` (N,). Every attempt returns its last
-    iterate; earlier iterates are not checked.
+    result. Each image keeps the result that the attacked network, or its strict `Ascent.judge`, misclassifies
+    by most, or comes closest to misclassifying: the largest margin over its class of `labels` (N,). Every
+    attempt returns its last iterate; earlier iterates are not checked.
     """
     rows = torch.arange(len(x), device=x.device)
     first = attempts[0](rows, part(tick, 0, len(attempts)))
@@ -56,9 +56,13 @@ def _standing(stands: Tensor, sizes: list[int]) -> Tensor:
 
 
 def _relative_margin(ascent: Ascent, x: Tensor, labels: Tensor) -> Tensor:
-    """(N,) margin as a share of the logits' range, positive where the prediction is wrong; -inf for NaN."""
+    """(N,) margin as a share of the logits' range, positive where the prediction is wrong; -inf for NaN.
+
+    That of the judging network where the ascent is `strict`: half precision may err by more than `CLEAR`.
+    """
     with torch.no_grad():
-        logits = wide(ascent.logits(x))
+        judge = ascent.judge if ascent.strict else None
+        logits = wide(ascent.logits(ascent.to_model_input(x)) if judge is None else judge(x))
     # Equal logits have a margin of 0.
     range_ = (logits.amax(1) - logits.amin(1)).clamp_min(torch.finfo(logits.dtype).tiny)
     share = margin(logits, labels) / range_

@@ -4,8 +4,6 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +13,7 @@ from fastdynat.attack_engine.goal import AttackGoal
 from fastdynat.attack_engine.lengths import length, per_image
 from fastdynat.attack_engine.shrinking_batch import Tick, allowed_halvings, iterate, no_tick
 from fastdynat.attacks.interface import Nearest
-from fastdynat.attacks.nearest import hinge_and_grad, logit_unit, margin_goal, result, score
+from fastdynat.attacks.nearest import descent, logit_unit, margin_goal, result, score
 from fastdynat.attacks.per_image_adam import adam_
 from fastdynat.attacks.registry import Radii, register
 from fastdynat.errors import UserError
@@ -95,9 +93,7 @@ class SigmaZero:
 
     def run(self, ascent: Ascent, x: Tensor, goal: AttackGoal, *, tick: Tick = no_tick) -> Nearest:
         """Attack `x` (N, C, H, W) for `goal`, a "margin" one, which may be targeted."""
-        hinge = ascent.compiled(
-            partial(hinge_and_grad, kind=goal.kind, kappa=0.0), key=("hinge", goal.kind, 0.0)
-        )
+        down = descent(ascent, goal.kind)
         already, none = score(ascent, x, goal) > 0, torch.zeros_like(goal.target)
         pixels = x[0, 0].numel()
         begin = _State(
@@ -115,7 +111,7 @@ class SigmaZero:
         )
         end = iterate(
             begin,
-            lambda s, i: self._step(s, i, ascent, hinge),
+            lambda s, i: self._step(s, i, down),
             self.steps,
             done=lambda s: s.changed <= 1,  # nothing is nearer
             max_halvings=allowed_halvings(ascent.max_halvings, x),
@@ -126,16 +122,16 @@ class SigmaZero:
             x, end.nearest, found, end.changed.to(x.dtype), eps=self.eps, zeros=end.zeros, asked=end.asked
         )
 
-    def _step(self, s: _State, i: int, ascent: Ascent, hinge: Callable[..., Any]) -> _State:
-        margin, grad = hinge(ascent.to_model_input(s.x_adv), s.target)
-        margin, grad = margin.to(s.x.dtype), grad.to(s.x.dtype)
-        adversarial, running = margin > 0, s.changed > 1
+    def _step(self, s: _State, i: int, down: Callable[..., tuple[Tensor, Tensor]]) -> _State:
+        running = s.changed > 1
+        margin, grad = down(s.x_adv, s.target, running)
+        adversarial = margin > 0
         moved = s.x_adv - s.x
         changed = (moved != 0).any(1).sum((1, 2))
         fewer = adversarial & (changed < s.changed)
         torch.where(per_image(fewer, moved), s.x_adv, s.nearest, out=s.nearest)
         zeros = (length(grad, "linf") == 0) & (margin < 0) & running
-        grad.mul_(per_image(s.unit, grad))
+        grad.mul_(per_image(s.unit * (margin < 0), grad))  # of the hinge
         # The gradient of the approximation: 2 sigma m / (m^2 + sigma)^2 per value.
         grad.addcdiv_(moved, moved.square().add_(self.sigma).square_(), value=2 * self.sigma / s.x[0].numel())
         norm = length(grad, "linf").clamp_min(LEAST_NORM)

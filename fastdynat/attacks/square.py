@@ -173,9 +173,9 @@ def _result(x_adv: Tensor) -> AttackResult:
 def _with_ties_settled(ascent: Ascent, x: Tensor, labels: Tensor, margin: Tensor) -> Tensor:
     """`margin` (n,), 0 where it is negative only by the rounding of a replica, whose network is right.
 
-    Not on a GPU, where counting these images would wait for the device.
+    Not on a GPU, where counting these images would wait for the device, unless the ascent is `strict`.
     """
-    if ascent.judge is None or x.is_cuda:
+    if ascent.judge is None or (x.is_cuda and not ascent.strict):
         return margin
     rows = (margin < 0).nonzero().squeeze(1)
     if len(rows) == 0:

@@ -16,7 +16,7 @@ from fastdynat.errors import UserError
 from fastdynat.evaluation import staged
 from fastdynat.evaluation.autoattack_inputs import check_and_clamp, check_labels, check_place
 from fastdynat.evaluation.batch_attacks import BatchAttacks
-from fastdynat.evaluation.defences import check_answers, check_classified, check_square
+from fastdynat.evaluation.defences import check_answers, check_classified, check_square, warn_resumed
 from fastdynat.evaluation.measure import exact_float32, predict_in_batches
 from fastdynat.models.logits import Output, with_output
 from fastdynat.ops import image_draws
@@ -139,7 +139,8 @@ class AutoAttack:
             bs, batch_size: images per batch; halved, with a warning, when memory runs out.
             return_labels: also return the network's predictions on the result.
             state_path: a JSON file, written after every batch; an existing one resumes the evaluation, with
-                the same result. Images broken before the resume are returned unperturbed.
+                the same result. The state holds no images: those broken before the resume are returned
+                unperturbed, and a warning gives their number and the robust accuracy.
 
         Returns:
             (N, C, H, W), detached, on the device of `x`, the image itself where it is robust; with
@@ -217,6 +218,7 @@ class AutoAttack:
             if progress is None:
                 seed = random.SystemRandom().getrandbits(31) if self.seed is None else self.seed
                 progress = staged.begin(own, clean == y, seed)
+            earlier = int((clean == y).sum()) - int(staged.standing(progress, len(x)).sum())
             correct = float((clean == y).double().mean())
             names = [stage.name for stage in fitted]
             self._report(f"AutoAttack {self.version}: {', '.join(names)}; clean accuracy: {correct:.2%}")
@@ -226,6 +228,8 @@ class AutoAttack:
                 run.attack, run.fooled, x, y, progress, names, bs, path, self._stage_done, x_adv=x_adv
             )
             run.warn()
+            if earlier:
+                warn_resumed(earlier, float(staged.standing(progress, len(x)).double().mean()))
             check_square({"clean": correct, **progress.accuracies})
             self.seconds = dict(progress.seconds)
             return (x_adv, self._classes(x_adv, bs)) if return_labels else x_adv

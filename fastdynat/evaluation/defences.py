@@ -71,6 +71,15 @@ def check_square(accuracies: Mapping[str, float]) -> None:
         )
 
 
+def warn_resumed(images: int, robust: float) -> None:
+    """Warn of `images` that an earlier call broke; robust: accuracy of all calls together."""
+    warn(
+        f"{images} images were broken before this evaluation was resumed and are returned unperturbed, with "
+        f"their clean labels: the robust accuracy is {robust:.2%}, not that of the returned images; an "
+        "evaluation in one go returns all adversarial images"
+    )
+
+
 def warn(text: str) -> None:
     """Issue a UserWarning."""
     warnings.warn(text, stacklevel=3)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdynat.attack_engine.ascent import Ascent, Underflow
+from fastdynat.attack_engine.attack_result import AttackResult
 from fastdynat.attack_engine.attack_switches import AttackSwitches
 from fastdynat.attack_engine.engine import AttackEngine
 from fastdynat.attack_engine.network_modes import NotCopyable, attack_mode
@@ -106,7 +107,8 @@ def measure(
 
     Every image counts; a misclassified clean image stays misclassified, whatever the attack returns. The
     attack runs on a fast replica of the network; the prediction that counts is `model`'s own, in eval mode
-    and full float32, at the adversarial image; one outside the attack's ball (`Nearest.eps`) does not count.
+    and full float32, at the adversarial image; one that is not finite or outside the attack's ball
+    (`Nearest.eps`) does not count.
     Random numbers are functions of `seed` and the number of the image. An image's result is therefore that of
     any other batch size, order or division of the images, up to the rounding of the network; the global
     generator is left alone. Of an attack of another package (`NamedAttack.draws_per_image`), which draws from
@@ -157,14 +159,14 @@ def measure(
                         _attacked, victim, batch.x, *how[:3], compile_mode=compile_mode, fallbacks=fallbacks
                     )
                     ascent = make().ascent if kept is None else kept.of(victim, how, make)
+                    ascent = replace(ascent, final=source is None)
                 with uncompiled() if len(batch.x) < batch_size <= len(chosen) else nullcontext():
                     draws = ImageDraws.of(seed, numbers[batch.indices], device)
                     result = attack.run(ascent, batch.x, batch.labels, draws=draws, tick=tick)
-                x, zero, gradients = result.x_adv, zero + result.zero_grads, gradients + result.gradients
+                zero, gradients = zero + result.zero_grads, gradients + result.gradients
                 if isinstance(result, Nearest):
                     distances.append(_judged(model, batch.labels, right, result))
-                    # An adversarial image outside the ball does not count; the clean image does.
-                    x = torch.where(result.outside[:, None, None, None], batch.x, x)
+                x = counted(result, batch.x)
                 # A misclassified clean image stays so: a targeted attack may lead it to its label.
                 right &= predict(model, x) == batch.labels
             robust.append(right)
@@ -228,25 +230,32 @@ def _attacked(
     compile_mode: str = "off",
     fallbacks: Fallbacks | None = None,
 ) -> Attacked:
-    dtype = half_of(model, x.dtype) or amp_dtype
+    own = half_of(model, x.dtype)
+    dtype = own or amp_dtype
+    # Under autocast the attack searches another network than the one that judges its images. A model that is
+    # itself in half precision is rounded otherwise than a replica, with folded batch norm by a visible share
+    # of the logits.
+    judge, strict = partial(_in_eval_mode, model), dtype is not None
     example = x[:2].to(own_dtype(model) or x.dtype)
     try:
         switches = AttackSwitches.fastest(
-            x.device, dtype, channels_last=channels_last or None, winograd=winograd, compile=compile_mode
+            x.device,
+            dtype,
+            channels_last=channels_last or None,
+            winograd=winograd,
+            fold=own is None,
+            compile=compile_mode,
         )
         fallbacks = SilentFallbacks() if compile_mode == "off" else fallbacks or Fallbacks()
         engine = AttackEngine(
             model, example, switches=switches, rescale=rescale, allow_no_gradient=True, fallbacks=fallbacks
         )
     except NotCopyable:
-        return Attacked(
-            Ascent(model, Underflow.guard("eval", dtype, rescale), dtype, allow_no_gradient=True),
-            lambda: None,
-        )
+        underflow = Underflow.guard("eval", dtype, rescale)
+        plain = Ascent(model, underflow, dtype, allow_no_gradient=True, strict=strict)
+        return Attacked(replace(plain, judge=judge) if strict else plain, lambda: None)
     engine.prepare(x.to(example.dtype))
-    # In half precision the attack searches another network, whose ties are its own.
-    judge = None if dtype is not None else partial(_in_eval_mode, model)
-    return Attacked(replace(engine.ascent, judge=judge), engine.refresh)
+    return Attacked(replace(engine.ascent, judge=judge, strict=strict), engine.refresh)
 
 
 def _in_eval_mode(model: nn.Module, x: Tensor) -> Tensor:
@@ -256,12 +265,23 @@ def _in_eval_mode(model: nn.Module, x: Tensor) -> Tensor:
         return model_logits(model, x)
 
 
+def counted(result: AttackResult, x: Tensor) -> Tensor:
+    """The images of `result` that count as adversarial, the clean ones `x` (N, C, H, W) in place of others.
+
+    Others are not finite, which no ball holds and every network gets wrong, or outside of a `Nearest`'s ball.
+    """
+    counts = result.x_adv.isfinite().flatten(1).all(1)
+    if isinstance(result, Nearest):
+        counts &= ~result.outside
+    return torch.where(counts[:, None, None, None], result.x_adv, x)
+
+
 def _judged(model: nn.Module, labels: Tensor, right: Tensor, result: Nearest) -> Tensor:
     """(N,) distances for `model` of images found on a replica or on another network.
 
     0 where `model` is not `right` (N,) about the clean image, infinite where it is not fooled.
     """
-    fooled = predict(model, result.x_adv) != labels
+    fooled = (predict(model, result.x_adv) != labels) & result.x_adv.isfinite().flatten(1).all(1)
     return torch.where(fooled, result.distance, torch.inf).masked_fill(~right, 0.0)
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -10,11 +10,10 @@ from torch import Tensor, nn
 from fastdynat.attack_engine.ascent import Ascent
 from fastdynat.attack_engine.network_modes import attack_mode
 from fastdynat.attacks import NamedAttack
-from fastdynat.attacks.interface import Nearest
 from fastdynat.data import Images, eval_batches
 from fastdynat.documents.numbers import Share
 from fastdynat.errors import UserError
-from fastdynat.evaluation.measure import BatchTick, attacked, exact_float32, predict
+from fastdynat.evaluation.measure import BatchTick, attacked, counted, exact_float32, predict
 from fastdynat.ops.image_draws import ImageDraws
 
 
@@ -72,14 +71,13 @@ def transfer_matrix(
         for source, network in enumerate(targets):
             ascent: Ascent | None = None
             for batch in eval_batches(images, batch_size=batch_size, device=device):
-                ascent = ascent or attacked(network, batch.x)
+                if ascent is None:
+                    ascent = replace(attacked(network, batch.x), final=len(targets) == 1)
                 tick = BatchTick(len(batch.x), should_stop, advance)
                 tick(0)
                 draws = ImageDraws.of(seed, batch.indices, device)
                 result = attack.run(ascent, batch.x, batch.labels, draws=draws, tick=tick)
-                x_adv = result.x_adv
-                if isinstance(result, Nearest):  # one outside the ball does not count
-                    x_adv = torch.where(result.outside[:, None, None, None], batch.x, x_adv)
+                x_adv = counted(result, batch.x)
                 # As in `measure`, a misclassified clean image stays misclassified.
                 right = _right(targets, batch.x, batch.labels)
                 correct[source] += (right & _right(targets, x_adv, batch.labels)).sum(1)

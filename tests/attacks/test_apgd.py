@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fastdynat.attack_engine import apgd_steps as moves
 from fastdynat.attack_engine.ascent import Ascent
+from fastdynat.attack_engine.goal import margin
 from fastdynat.attack_engine.network_modes import attack_mode
 from fastdynat.attacks import APGD, parse_attack, run_apgd, stages
 from fastdynat.attacks.apgd_loss import targeted_dlr
@@ -228,3 +229,90 @@ def test_a_run_in_l1_is_the_packages(loss: Any) -> None:
     assert torch.equal(end.broken, ~stands)
     assert 2 < int(stands.sum()) < N - 3
     torch.testing.assert_close(end.loss[stands], highest[stands], rtol=0, atol=1e-3)
+
+
+class Noisy(nn.Module):
+    """A linear network whose logits get Gaussian noise at every call."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(192, CLASSES)
+        generator = torch.Generator().manual_seed(seed)
+        nn.init.normal_(self.linear.weight, std=192**-0.5, generator=generator)
+        self.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        clean = self.linear(x.flatten(1))
+        return clean + 0.1 * torch.randn_like(clean)
+
+    def share_wrong(self, x: Tensor, y: Tensor) -> float:
+        """Share of misclassifications over many draws."""
+        return float(torch.stack([self(x).argmax(1) != y for _ in range(200)]).float().mean())
+
+
+def noisy_task() -> tuple[Noisy, Tensor, Tensor]:
+    torch.manual_seed(0)
+    model, x = Noisy(1), images().float()
+    return model, x, model.linear(x.flatten(1)).argmax(1)
+
+
+@pytest.mark.peer
+@needs("pyautoattack")
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+@pytest.mark.parametrize("loss", ["ce", "dlr"])
+def test_a_random_network_is_fooled_as_often_as_by_the_package(loss: Any, norm: str) -> None:
+    """The first misclassified iterate is one by a lucky draw; most draws at it are right."""
+    from pyautoattack.autopgd_base import APGDAttack
+
+    model, x, y = noisy_task()
+    spec = APGD(loss=loss, eps=2 * EPS[norm], norm=norm, steps=20, eot=20)
+    peer = APGDAttack(
+        model,
+        loss=loss,
+        norm=norm.capitalize(),
+        eps=spec.eps,
+        n_iter=20,
+        eot_iter=20,
+        device="cpu",
+        n_restarts=1,
+    )
+    theirs = model.share_wrong(peer.perturb(x, y), y)
+    ours = model.share_wrong(attack(spec, x, y, model).x_adv, y)
+    assert 0.3 < theirs < 0.95
+    assert ours > theirs - 0.01
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+def test_a_transfer_attack_runs_all_steps(norm: str) -> None:
+    """It fools another network as often as the last misclassified of all iterates, computed plainly."""
+    model, x, y = victim()
+    other = tiny_cnn(3, dtype=torch.float64).eval().requires_grad_(False)
+    for parameter in other.parameters():
+        parameter += 0.05 * parameter.std() * torch.randn_like(parameter)
+    spec = APGD(loss="ce", eps=EPS[norm], norm=norm, steps=15)
+    start = moves.start(x, norm, spec.eps)
+    seen: list[Tensor] = []
+
+    class Watched(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append(x.detach().clone())
+            return model(x)
+
+    def run(final: bool) -> Tensor:
+        ascent = Ascent(Watched(), final=final)
+        found: Tensor = run_apgd(ascent, x, y, spec, x_starts=[start]).x_adv
+        return found
+
+    found = run(final=False)
+    want = seen[1].clone()
+    assert len(seen) == spec.steps + 2  # the images, the start and every step, all of all images
+    for z in seen[1:]:
+        wrong = model(z).argmax(1) != y
+        want[wrong] = z[wrong]
+    fell = model(want).argmax(1) != y
+    assert int(fell.sum()) > 3
+    assert torch.equal(found[fell], want[fell])
+    first = run(final=True)
+    reached = [margin(other(z), y) for z in (found, first)]
+    assert float(reached[0].mean()) > float(reached[1].mean())
+    assert int((reached[0] > 0).sum()) >= int((reached[1] > 0).sum())

@@ -16,6 +16,7 @@ from fastdynat.commands.evaluate.reference_autoattack import run_reference
 from fastdynat.errors import UserError
 from fastdynat.evaluation import AutoAttack
 from fastdynat.evaluation.defences import check_square
+from fastdynat.evaluation.outcome import unpack_bits
 
 EPS, N = 0.02, 30
 CPU = torch.device("cpu")
@@ -114,7 +115,22 @@ def test_a_killed_evaluation_goes_on_to_the_same_verdicts(
     monkeypatch.setattr(staged, "write_text", dying)
     with pytest.raises(Killed):
         evaluator(model, seed=seed).run_standard_evaluation(x, y, 5, state_path=tmp_path / "s.json")
-    evaluator(model, seed=seed).run_standard_evaluation(x, y, 5, state_path=tmp_path / "s.json")
+    resume = evaluator(model, seed=seed)
+    before = json.loads((tmp_path / "s.json").read_text())["robust"]
+    lost = int((model(x).argmax(1) == y).sum()) - int(unpack_bits(before, N).sum())
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        x_adv, labels = resume.run_standard_evaluation(
+            x, y, 5, return_labels=True, state_path=tmp_path / "s.json"
+        )
+    robust = float((model(whole).argmax(1) == y).double().mean())
+    said = [str(w.message) for w in found if "was resumed" in str(w.message)]
+    assert float((labels == y).double().mean()) == pytest.approx(robust + lost / N)
+    assert torch.equal(model(x_adv).argmax(1), labels)
+    assert len(said) == (lost > 0)
+    if lost:
+        assert said[0].startswith(f"{lost} images were broken")
+        assert f"the robust accuracy is {robust:.2%}" in said[0]
     states = [json.loads((tmp_path / name).read_text()) for name in ("whole.json", "s.json")]
     assert states[0]["robust"] == states[1]["robust"]
     assert states[0]["accuracies"] == states[1]["accuracies"]
@@ -307,7 +323,9 @@ def test_a_changed_forward_pass_with_the_same_weights_is_another_network(
         for other, network in known.items():
             ours = evaluator(network, ("apgd-ce2",))
             if other == name:
-                ours.run_standard_evaluation(x, y, state_path=path)
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # of images that the first call broke
+                    ours.run_standard_evaluation(x, y, state_path=path)
                 continue
             with pytest.raises(UserError, match=r"of another evaluation: model(, predictions)? differ"):
                 ours.run_standard_evaluation(x, y, state_path=path)

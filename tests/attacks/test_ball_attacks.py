@@ -464,3 +464,24 @@ def test_a_run_that_ends_without_a_verdict_gives_way_to_the_next() -> None:
 
         result = until_broken(Ascent(logits), x, labels, [attempt(bad), attempt(good)])
         assert torch.equal(result.x_adv, good)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_gives_no_image_up(dtype: torch.dtype) -> None:
+    """Only the second run fools the network; the pass in half precision errs by a tenth about the first."""
+    x, labels = torch.rand(4, 1, 2, 2), torch.zeros(4, dtype=torch.int64)
+    first, second = torch.full_like(x, 0.5), torch.ones_like(x)
+
+    def network(x: Tensor) -> Tensor:
+        return torch.stack([torch.full((len(x),), 0.8), x.float().mean((1, 2, 3)), torch.zeros(len(x))], 1)
+
+    def noisy(x: Tensor) -> Tensor:
+        light = x.float().mean((1, 2, 3))
+        return torch.where((light == 0.5)[:, None], torch.tensor([0.8, 0.9, 0.0]), network(x)).to(dtype)
+
+    def attempt(x_adv: Tensor) -> Any:
+        return lambda rows, tick: AttackResult(x_adv[rows], torch.zeros((), dtype=torch.int64), len(rows))
+
+    ascent = Ascent(noisy, dtype=dtype, judge=network, strict=True)
+    result = until_broken(ascent, x, labels, [attempt(first), attempt(second)])
+    assert torch.equal(result.x_adv, second)

@@ -1,5 +1,6 @@
 """A replica's rounding decides no verdict: where its logits nearly tie, the network itself does."""
 
+import sys
 from typing import Any
 
 import pytest
@@ -9,9 +10,10 @@ from hypothesis import strategies as st
 from support.networks import tiny_cnn
 from torch import Tensor, nn
 
-from fastdynat.attack_engine.ascent import TIE, Ascent
+from fastdynat.attack_engine.ascent import TIE, Ascent, Underflow
+from fastdynat.attack_engine.network_modes import NotCopyable
 from fastdynat.attacks import parse_attack
-from fastdynat.evaluation.measure import attacked
+from fastdynat.evaluation.measure import _judged, attacked
 
 N, EPS = 12, 0.01
 NAMES = ("apgd-ce8", "apgd-t8", "fab-t", "square200")
@@ -71,6 +73,20 @@ def test_an_attack_on_a_pass_that_errs_breaks_what_the_plain_attack_breaks(name:
     assert 0 < int(fell[0].sum()) < N
 
 
+@pytest.mark.parametrize("name", ["deepfool", "deepfool-linf", "cwl2-3x50", "sigmazero50"])
+@pytest.mark.parametrize("noise", [0, 1, 2])
+def test_a_nearest_image_of_a_pass_that_errs_is_one_of_the_network(name: str, noise: int) -> None:
+    """A point that only the pass misclassifies would end the search, and the network not be fooled."""
+    model, x, labels = networks(3)
+    search: Any = parse_attack(name, eps=EPS, step_size=EPS / 4).search
+    distances = []
+    for network in (Shifted(model, 0.9 * TIE, noise), model):
+        found = search(Ascent(network, judge=model, allow_no_gradient=True), x, labels)
+        distances.append(_judged(model, labels, torch.ones_like(found.found), found))
+    assert bool(distances[1].isfinite().any())
+    assert bool(distances[0][distances[1].isfinite()].isfinite().all())
+
+
 def test_logits_that_are_nan_are_never_right() -> None:
     """Of the network and of the replica: the first class would be the arg-max of a row of NaN."""
     labels = torch.zeros(3, dtype=torch.int64)
@@ -123,12 +139,69 @@ def test_clean_images_on_the_boundary_are_attacked() -> None:
 
     tied = (model(z).argmax(1) == labels) & (erring(z).argmax(1) != labels)
     assert int(tied.sum()) >= 4
-    for name in ("apgd-ce8", "fab-t"):
+    for name in ("apgd-ce8", "apgd-t8", "fab-t"):
         search: Any = parse_attack(name, eps=EPS, step_size=EPS / 4).search
         found = search(
             Ascent(erring, judge=model, allow_no_gradient=True),
             z,
             labels,
             generator=torch.Generator().manual_seed(1),
-        ).x_adv
-        assert bool((model(found).argmax(1) != labels)[tied].all())
+        )
+        assert bool((model(found.x_adv).argmax(1) != labels)[tied].all())
+        assert int(found.zero_grads) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_model_in_half_precision_is_asked_itself(name: str, dtype: torch.dtype) -> None:
+    """Its replica with folded batch norm rounds otherwise, by more than a tie."""
+    model, x = tiny_cnn(3).eval().requires_grad_(False), torch.rand(4 * N, 3, 8, 8)
+    for norm in model.modules():  # large means, which folding moves into a bias
+        if isinstance(norm, nn.BatchNorm2d):
+            assert norm.running_mean is not None
+            norm.running_mean += 4 * torch.randn(8, generator=torch.Generator().manual_seed(0))
+            assert model[0].bias is not None
+            model[0].bias += norm.running_mean
+    model = model.to(dtype)
+    labels = model(x.to(dtype)).argmax(1)
+    search: Any = parse_attack(name, eps=0.05, step_size=0.01).search
+    fell = []
+    for ascent in (attacked(model, x), Ascent(model, Underflow(rescale=True), dtype)):
+        found = search(ascent, x, labels, generator=torch.Generator().manual_seed(1)).x_adv
+        fell.append(model(found.to(dtype)).argmax(1) != labels)
+    assert torch.equal(*fell)
+    assert int(fell[0].sum()) > 0
+
+
+def test_a_replica_that_errs_by_more_than_a_tie_ends_no_attack() -> None:
+    """It takes every image for misclassified from the start on."""
+    model, x, labels = networks(3)
+    lost = nn.functional.one_hot((labels + 1) % 10, 10).to(x)
+    for name in ("apgd-ce8", "fab-t"):
+        search: Any = parse_attack(name, eps=0.05, step_size=0.01).search
+        fell = []
+        for network in (model, lambda z: model(z) + 100 * lost[: len(z)]):
+            ascent = Ascent(network, judge=model, strict=True, allow_no_gradient=True)
+            found = search(ascent, x, labels, generator=torch.Generator().manual_seed(1)).x_adv
+            fell.append(int((model(found).argmax(1) != labels).sum()))
+        assert min(fell) > 0
+
+
+@pytest.mark.parametrize("replica", [True, False])
+def test_an_attack_in_half_precision_is_judged_in_full(
+    replica: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, x = tiny_cnn(3).eval(), torch.rand(N, 3, 8, 8)
+    if not replica:
+
+        def refuse(*_: Any, **__: Any) -> Any:
+            raise NotCopyable("a test")
+
+        monkeypatch.setattr(sys.modules[attacked.__module__], "AttackEngine", refuse)
+    ascent = attacked(model, x, torch.bfloat16)
+    assert ascent.strict
+    assert ascent.judge is not None
+    assert torch.equal(ascent.judge(x), model(x))
+    plain = attacked(model, x)
+    assert not plain.strict
+    assert (plain.judge is not None) == replica

@@ -9,6 +9,7 @@ import torch
 from support.networks import tiny_cnn
 from support.tiny_run import TINY
 
+from fastdynat.attack_engine.ascent import Ascent
 from fastdynat.attack_engine.goal import AttackGoal
 from fastdynat.attack_engine.pgd import pgd
 from fastdynat.attack_engine.pgd_spec import PGDSpec
@@ -21,6 +22,7 @@ from fastdynat.data import ImageSet, load_test
 from fastdynat.errors import UserError
 from fastdynat.evaluation import Stopped, measure
 from fastdynat.evaluation.outcome import unpack_bits
+from fastdynat.evaluation.transfer import transfer_matrix
 from fastdynat.execution.float32 import float32_flags, put_float32_flags
 from fastdynat.ops.image_draws import ImageDraws
 from fastdynat.runs import load_network
@@ -193,6 +195,25 @@ def test_a_transfer_attack_is_made_on_the_source_and_counted_on_the_model() -> N
     got = measure(model, images, attack, device=CPU, batch_size=16, seed=0, source=source)
     assert got.correct == expected
     assert got.correct > measure(model, images, attack, device=CPU, batch_size=16, seed=0).correct
+
+
+def test_a_transferred_apgd_goes_on_after_it_fools_its_source() -> None:
+    model, source = tiny_cnn(seed=0).eval(), tiny_cnn(seed=1).eval()
+    x = torch.randint(0, 256, (40, 3, 8, 8), dtype=torch.uint8)
+    labels = model(x / 255).argmax(1)
+    attack = parse_attack("apgd-ce8", eps=0.03, step_size=0.03)
+    draws, ascent = ImageDraws.of(0, torch.arange(40), CPU), Ascent(source, final=False)
+    found = attack.run(ascent, x / 255, labels, draws=draws).x_adv
+    want = int((model(found).argmax(1) == labels).sum())
+    images = ImageSet(x, labels)
+    got = measure(model, images, attack, device=CPU, batch_size=16, seed=0, source=source)
+    assert got.correct == want
+    matrix = transfer_matrix(
+        {"source": source, "model": model}, images, attack, device=CPU, batch_size=16, seed=0
+    )
+    assert matrix.accuracy[0][1] == want / 40
+    ended = attack.run(Ascent(source), x / 255, labels, draws=draws).x_adv
+    assert want < int((model(ended).argmax(1) == labels).sum())
 
 
 def test_a_transferred_distance_is_that_of_an_image_that_fools_the_model() -> None:
