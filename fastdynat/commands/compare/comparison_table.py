@@ -115,7 +115,7 @@ def _notes(doc: Values) -> list[str]:
 
 
 def _ends(run: Values) -> list[str]:
-    """How a run ended, unless that was with its last epoch."""
+    """The note of a run that did not end with its last epoch."""
     who, trained, epochs = f"{run['method']}, seed {run['seed']}", len(run["epochs"]), run["config"]["epochs"]
     if run["ended"] == "diverged":
         return [f"{who} diverged: {run['reason']}"]
