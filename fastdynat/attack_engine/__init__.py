@@ -21,6 +21,7 @@ What makes it fast. The engine never attacks the training network itself, but a 
 - or run by Winograd's algorithm on the CPU (`winograd_layers`);
 - `compiled_ascent`: the gradient as one compiled graph, checked by `compiled_attack_check`;
 - `replica_state`: what a captured graph changes, for its check in `fastdynat.execution`;
+- `followed_state`: whether a kept replica still computes what its network does.
 
 Shared by the checks: `network_comparison` (two networks on the same images), `network_probe` (a gradient
 reaches the images), `shortfall` (one attack is weaker than another), `input_checks` (images and labels of a

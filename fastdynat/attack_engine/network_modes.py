@@ -194,7 +194,7 @@ def unmoved_twin(model: nn.Module) -> nn.Module:
     for module in twin.modules():
         if isinstance(module, _BatchNorm):
             module.track_running_stats = False
-        elif isinstance(module, _InstanceNorm):  # which updates any running statistics that it has
+        elif isinstance(module, _InstanceNorm) and module.training:  # it updates any statistics that it has
             module.running_mean = module.running_var = module.num_batches_tracked = None
     return twin
 

@@ -21,9 +21,8 @@ import torch
 from torch import Tensor
 
 from fastdynat.attack_engine.engine import Attacker
-from fastdynat.attacks import AttackResult, PGDSpec
+from fastdynat.attacks import AttackResult
 from fastdynat.data import Batch
-from fastdynat.distributed import world
 from fastdynat.errors import UserError
 from fastdynat.methods import Inner, Method, MethodOptions, Networks, Outer, check_numbers, register_method
 from fastdynat.methods.base import unattacked
@@ -64,11 +63,12 @@ class Arda(Method[ArdaOptions]):
         # A micro-batch would have one kind alone, and batch norm would normalise the kinds apart.
         self.couples_images = 0 < options.adversarial_share < 1
 
-    def check_attack(self, spec: PGDSpec, attack_bn: str) -> None:
-        if self.couples_images and attack_bn != "eval" and not world().alone:
+    def check_sync_bn(self, attack_bn: str) -> None:
+        if self.couples_images and attack_bn != "eval":
             raise UserError(
-                f"arda with several processes takes --attack-bn eval, got {attack_bn}: synchronised batch "
-                "norm waits for every process, and one without attacked images attacks nothing"
+                f"--attack-bn {attack_bn}: method arda with synchronised batch norm in several processes "
+                "takes eval, since every process would wait for one that has no images to attack; use "
+                "--attack-bn eval or --sync-bn off"
             )
 
     def num_attacked(self, batch: Batch) -> int:

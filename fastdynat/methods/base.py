@@ -190,6 +190,9 @@ class Method(ABC, Generic[OptionsT]):
     def check_attack(self, spec: PGDSpec, attack_bn: str) -> None:
         """Raise UserError for an attack, or its batch norm mode, that the method cannot work with."""
 
+    def check_sync_bn(self, attack_bn: str) -> None:
+        """Raise UserError if the method cannot train in processes that share batch norm's statistics."""
+
     def notes(self, spec: PGDSpec) -> list[str]:
         """Lines for the start of a run about the method under the attack `spec`."""
         return []

@@ -6,6 +6,7 @@ from torch import nn
 from fastdynat.attack_engine.attack_switches import AttackSwitches
 from fastdynat.attack_engine.copy_check import check_twin
 from fastdynat.attack_engine.engine import AttackEngine
+from fastdynat.attack_engine.followed_state import FollowedState
 from fastdynat.attack_engine.network_modes import frozen_twin, trained_twin, unmoved_twin
 from fastdynat.config import ModelConfig
 from fastdynat.data import RELEASED_PIXELS, DatasetInfo
@@ -118,6 +119,7 @@ class NetworkSet:
             guide=self._view(self.passes["guide"], "the guide") if "guide" in trained else guide_eval,
             guide_eval=guide_eval,
         )
+        self._followed = FollowedState(model, self.attack, example)
         self._stored = [StoredState(network, example) for network in self.raw.values()]
 
     def _trained(self, frozen_guide: bool) -> dict[str, nn.Module]:
@@ -145,7 +147,11 @@ class NetworkSet:
         return self._deployed
 
     def check_state(self) -> None:
-        """Raise UserError if attacks or checkpoints miss state of a network. See `StoredState`."""
+        """Raise UserError if the attacked replica or a checkpoint misses state of a network.
+
+        See `FollowedState` and `StoredState`.
+        """
+        self._followed.check()
         for stored in self._stored:
             stored.check()
 

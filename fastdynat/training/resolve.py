@@ -64,6 +64,7 @@ def resolve(
     model = _model(config.model, info, method)
     model = _with_sync_bn(model, data, config.optim.grad_accum_steps, notes)
     attack = resolved_attack(config.attack, info, method, notes)
+    check_processes(config, data, attack, method, world().size)
     optim = resolved_optim(config, info)
     check_ramps_end(attack, epochs_of_method(optim))
     _check_accumulation(config.optim.grad_accum_steps, method)
@@ -264,7 +265,7 @@ def _with_sync_bn(
     if processes == 1:
         return replace(model, sync_bn="on")
     images = data.batch_size // (processes * micro_batches)
-    few = images < ENOUGH_FOR_STATISTICS
+    few = _synchronises(model, images)
     if few:
         notes.append(
             f"--sync-bn on: batch norm, if any, computes its statistics over all {processes} processes: each "
@@ -276,6 +277,24 @@ def _with_sync_bn(
             "process; with on, they would not depend on the number of processes"
         )
     return replace(model, sync_bn="on" if few else "off")
+
+
+def _synchronises(model: ModelConfig, images: int) -> bool:
+    """True if several processes, with `images` of a batch each, share the statistics of batch norm."""
+    return model.sync_bn == "on" or (model.sync_bn == "auto" and images < ENOUGH_FOR_STATISTICS)
+
+
+def check_processes(
+    config: TrainConfig[Any],
+    data: ResolvedData,
+    attack: ResolvedAttack,
+    method: Method[Any],
+    processes: int,
+) -> None:
+    """Raise UserError for a method that cannot train like this in so many processes."""
+    images = data.batch_size // (processes * config.optim.grad_accum_steps)
+    if processes > 1 and _synchronises(config.model, images):
+        method.check_sync_bn(attack.attack_bn)
 
 
 def _check_run(config: TrainConfig[Any], method: Method[Any]) -> None:

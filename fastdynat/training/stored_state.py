@@ -20,7 +20,6 @@ class StoredState:
 
     A non-persistent buffer, a tensor in a plain attribute or a Python number that the network's code changes
     while it trains is in no checkpoint: resumed, exported and evaluated networks would compute without it.
-    The attacked replica does not follow a Python number, either: its refresh copies tensors.
     """
 
     def __init__(self, model: nn.Module, example: Tensor) -> None:

@@ -67,6 +67,8 @@ class _Watch:
     collapsed: bool
     guessing: Count = 0  # not in states of earlier versions
     guessing_said: bool = False
+    near_robust: Finite | None = None
+    near_trained: Finite | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

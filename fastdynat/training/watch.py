@@ -101,4 +101,5 @@ class Watch:
         return {key: value for key, value in vars(self).items() if not key.startswith("_")}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
+        # States of earlier versions do not tell comparable epochs from others.
+        vars(self).update({"near_robust": state["robust"], "near_trained": state["trained"]} | state)

@@ -122,6 +122,7 @@ REFUSALS = {
     "too few images": (["--train-size", "6400"], "--train-size 6400: digits has"),
     "an unknown network": (["--model", "resnet81"], "unknown model 'resnet81': did you mean"),
     "a small batch": (["--batch-size", "4"], "--batch-size 4: the job has 8 tasks"),
+    "attacks that wait for each other": (["--method", "arda", "--attack-bn", "frozen"], "--attack-bn frozen"),
     "missing images": (
         ["--data", "imagefolder", "--data-dir", "nowhere", "--train-size", "4", "--batch-size", "8"],
         "nowhere",

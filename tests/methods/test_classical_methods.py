@@ -44,8 +44,9 @@ from fastdynat.attack_engine.goal import AttackGoal
 from fastdynat.attack_engine.pgd_spec import PGDSpec
 from fastdynat.attacks import AttackResult
 from fastdynat.commands.main import main
+from fastdynat.commands.train import early_flags, parse_train
 from fastdynat.config import OptimConfig
-from fastdynat.data import Batch
+from fastdynat.data import Batch, dataset_info
 from fastdynat.distributed.shares import deal
 from fastdynat.errors import UserError
 from fastdynat.execution.graph_capture import CudaRecorder
@@ -73,6 +74,7 @@ from fastdynat.methods import (
 )
 from fastdynat.methods.base import unattacked
 from fastdynat.methods.weighting import gairat_weights, mail_weights
+from fastdynat.training import resolve as resolving
 from fastdynat.training.networks import NetworkSet
 from fastdynat.training.precision import Precision
 from fastdynat.training.step import TrainStep
@@ -534,22 +536,27 @@ def test_no_pass_normalises_one_kind_of_a_mixed_batch_alone(
 
 
 @pytest.mark.parametrize(
-    ("share", "alone", "bn", "refused"),
+    ("flags", "processes", "refused"),
     [
-        (0.25, False, "frozen", True),
-        (0.25, False, "eval", False),
-        (0.25, True, "frozen", False),
-        (1.0, False, "train", False),
+        (["--attack-bn", "frozen", "--sync-bn", "on"], 2, True),
+        (["--attack-bn", "frozen"], 8, True),  # 16 images each: auto is on
+        (["--attack-bn", "frozen"], 2, False),
+        (["--attack-bn", "frozen", "--sync-bn", "off"], 8, False),
+        (["--attack-bn", "eval", "--sync-bn", "on"], 8, False),
+        (["--attack-bn", "train", "--sync-bn", "on"], 1, False),
+        (["--attack-bn", "train", "--sync-bn", "on", "--adversarial-share", "1"], 2, False),
     ],
 )
 def test_synchronised_attacks_of_a_part_of_the_images_are_refused(
-    share: float, alone: bool, bn: str, refused: bool, monkeypatch: pytest.MonkeyPatch
+    flags: list[str], processes: int, refused: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A process without attacked images would not be there when the others exchange statistics."""
-    monkeypatch.setattr("fastdynat.methods.arda.world", lambda: SimpleNamespace(alone=alone))
-    method = Arda(ArdaOptions(adversarial_share=share))
-    with pytest.raises(UserError, match="--attack-bn eval, got") if refused else nullcontext():
-        method.check_attack(PGDSpec(0.1, 0.05, 3), bn)
+    monkeypatch.setattr(resolving, "world", lambda: SimpleNamespace(size=processes, alone=processes == 1))
+    argv = ["--method", "arda", "--batch-size", "128", *flags]
+    config, info = parse_train(argv, early_flags(argv)).command.train, dataset_info("digits")
+    assert info is not None
+    with pytest.raises(UserError, match=r"--attack-bn .*--sync-bn off") if refused else nullcontext():
+        resolving.resolve(config, info, announce=False)
 
 
 @pytest.mark.parametrize("share", ["0", "1"])

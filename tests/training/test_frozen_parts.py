@@ -118,6 +118,24 @@ def test_no_pass_of_an_unmoved_twin_moves_a_running_statistic() -> None:
     assert not torch.equal(instance.running_mean, before["2.running_mean"])  # type: ignore[arg-type]
 
 
+def test_an_unmoved_twin_keeps_instance_norm_in_its_own_eval_mode() -> None:
+    class Kept(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.InstanceNorm2d(3, track_running_stats=True)
+
+        def train(self, mode: bool = True) -> "Kept":
+            super().train(mode)
+            self.norm.eval()
+            return self
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.norm(x).mean((2, 3))
+
+    model, x = Kept().train(), torch.rand(2, 3, 4, 4)
+    torch.testing.assert_close(unmoved_twin(model)(x), model(x))
+
+
 def test_only_batch_norm_is_kept_in_eval_mode() -> None:
     layer = nn.Dropout()
     keep_in_eval_mode(layer)

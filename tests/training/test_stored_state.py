@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 import fastdynat
 from fastdynat.api.trained_run import TrainedRun
+from fastdynat.attack_engine.engine import AttackEngine
+from fastdynat.attack_engine.followed_state import FollowedState
 from fastdynat.commands.main import main
 from fastdynat.errors import UserError
 from fastdynat.training.stored_state import StoredState
@@ -115,13 +117,16 @@ class WarmUp(nn.Module):
         self.net = nn.Sequential(nn.AvgPool2d(4), nn.Flatten(), nn.Linear(64, classes))
         self.kept, self.step, self.calls = kept, 0, 0
         self.register_buffer("moved", torch.zeros(()))
+        self.register_buffer("replaced", torch.zeros(()))
 
     def forward(self, x):
         self.calls += 1  # which changes nothing
         if self.training:
             self.step += self.kept == "number"
             self.moved += self.kept == "buffer"
-        return self.net(x) / max(0.1, 1 - self.step / 10) / (1 - self.moved / 10).clamp_min(0.1)
+            self.replaced = self.replaced + (self.kept == "replaced")
+        moved = (self.moved + self.replaced) / 10
+        return self.net(x) / max(0.1, 1 - self.step / 10) / (1 - moved).clamp_min(0.1)
 
 
 def number(num_classes):
@@ -130,11 +135,15 @@ def number(num_classes):
 
 def buffer(num_classes):
     return WarmUp(num_classes, "buffer")
+
+
+def replaced(num_classes):
+    return WarmUp(num_classes, "replaced")
 """
 
 
-@pytest.mark.parametrize(("kept", "code"), [("number", 2), ("buffer", 0)])
-def test_a_python_counter_that_changes_the_logits_is_refused(
+@pytest.mark.parametrize(("kept", "code"), [("number", 2), ("buffer", 0), ("replaced", 2)])
+def test_state_that_attacks_do_not_follow_is_refused(
     kept: str, code: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "net.py").write_text(COUNTERS)
@@ -158,13 +167,16 @@ class Scaled(nn.Module):
         return self.scale * self.fc(x.flatten(1))
 
 
-def test_only_numbers_that_change_the_logits_count() -> None:
+@pytest.mark.parametrize("what", ["attacks do not follow", "checkpoint, does not hold"])
+def test_only_numbers_that_change_the_logits_count(what: str) -> None:
     model, x = Scaled(), torch.rand(2, 3, 4, 4)
-    stored = StoredState(model, x)
+    state: Any = StoredState(model, x)
+    if what == "attacks do not follow":
+        state = FollowedState(model, AttackEngine(model, x), x)
     model(x)
     with torch.no_grad():
         model.fc.weight.mul_(2)
-    stored.check()
+    state.check()
     model.scale = 1.5
-    with pytest.raises(UserError, match=r"differ by 0\.3 .*register_buffer"):
-        stored.check()
+    with pytest.raises(UserError, match=rf"{what}.* differ by 0\.3 .*register_buffer"):
+        state.check()

@@ -76,6 +76,15 @@ def test_a_collapse_is_said_once_where_it_begins(name: str) -> None:
     assert Watch(RunConfig(on_collapse="off"), SCORE).collapse(0.9, 0.1) is None
 
 
+def test_a_run_of_an_earlier_version_keeps_its_references() -> None:
+    watch = Watch(RunConfig(), SCORE)
+    watch.collapse(0.15, 0.3)
+    state = {key: value for key, value in watch.state_dict().items() if not key.startswith("near")}
+    resumed = Watch(RunConfig(), SCORE)
+    resumed.load_state_dict(state)
+    assert resumed.collapse(0.0, 0.9) == watch.collapse(0.0, 0.9) is not None
+
+
 @pytest.mark.parametrize("mode", ["off", "warn"])
 def test_only_stop_stops_and_off_says_nothing(mode: Any) -> None:
     watch = Watch(RunConfig(on_collapse=mode), SCORE)

@@ -16,7 +16,7 @@ from fastdynat.runs import check_new, looks_like_run
 from fastdynat.training.build_networks import build_networks
 from fastdynat.training.own_code import pin_own_code
 from fastdynat.training.parts import open_split
-from fastdynat.training.resolve import check_sizes, resolve
+from fastdynat.training.resolve import check_processes, check_sizes, resolve
 from fastdynat.training.resolve_engine import check_switches
 
 
@@ -51,6 +51,7 @@ def check_before_submission(config: TrainConfig[Any], *, tasks: int) -> None:
             "--batch-size counts the images of all of them"
         )
     method = method_class(resolved.method)(resolved.options)
+    check_processes(config, resolved.data, resolved.attack, method, tasks)
     if asked.device != "cpu":
         check_switches(asked, resolved.attack, resolved.optim, method, torch.device("cuda"))
     with process_state_kept():
