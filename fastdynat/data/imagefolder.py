@@ -5,9 +5,10 @@ import os
 import unicodedata
 import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import zip_longest
+from itertools import islice, takewhile, zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -230,15 +231,32 @@ def list_files(folder: Path) -> Files:
 
 
 def _has_classes(folder: Path) -> bool:
-    return sum(entry.is_dir() for entry in _entries(folder)) >= LEAST_CLASSES
+    """True with enough class folders. Asks the disk about no file: a flat test folder may have 100,000."""
+    with _readable(folder), os.scandir(folder) as entries:
+        classes = (e for e in entries if _is_content(e.name) and _leads_to_folder(e))
+        return len(list(islice(classes, LEAST_CLASSES))) == LEAST_CLASSES
+
+
+def _leads_to_folder(entry: os.DirEntry[str]) -> bool:
+    """`entry.is_dir()`, but False for links in a circle."""
+    return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
 
 
 def _entries(folder: Path) -> list[Path]:
     """The folder's entries, sorted, without hidden names and the droppings of file managers."""
+    with _readable(folder):
+        return sorted(entry for entry in folder.iterdir() if _is_content(entry.name))
+
+
+def _is_content(name: str) -> bool:
+    return not name.startswith(".") and name.lower() not in DROPPINGS
+
+
+@contextmanager
+def _readable(folder: Path) -> Iterator[None]:
+    """Say which folder it is where reading it fails."""
     try:
-        return sorted(
-            e for e in folder.iterdir() if not e.name.startswith(".") and e.name.lower() not in DROPPINGS
-        )
+        yield
     except OSError as error:
         raise UserError(
             f"cannot read the folder {str(folder)!r} ({error.strerror}); change its permissions"
@@ -262,12 +280,13 @@ def _test_split(root: Path, train: Files, *, needed: bool) -> Files | None:
     """The test split, with the classes of the training split; None where there is none and it is not needed.
 
     It is the first of `TEST_NAMES` with class folders: ILSVRC has labels in val, and a flat test without any.
-    The others are not used, which is logged.
+    The others are not used, which is logged, and those behind it are not read.
 
     Raises: UserError where it is needed and missing, and for other classes.
     """
-    folders = [root / name for name in TEST_NAMES if (root / name).is_dir()]
-    folder = next((each for each in folders if _has_classes(each)), folders[0] if folders else None)
+    folders = [root / name for name in TEST_NAMES if os.path.isdir(root / name)]
+    flat = list(takewhile(lambda each: not _has_classes(each), folders))
+    folder = next(iter(folders[len(flat) :] or folders), None)
     if folder is None:
         missing = (
             f"{str(root)!r} holds no test images; --data-dir DIR must hold one of {', '.join(TEST_NAMES)}"
@@ -279,7 +298,7 @@ def _test_split(root: Path, train: Files, *, needed: bool) -> Files | None:
     test = list_files(folder)
     for other in folders:
         if other != folder:
-            lacks = "" if _has_classes(other) else ", which has no class folders,"
+            lacks = ", which has no class folders," if other in flat else ""
             logger.info("%r%s is not used: the test images are those in %r", str(other), lacks, folder.name)
     if test.class_names != train.class_names:
         odd = sorted(set(test.class_names) ^ set(train.class_names))[0]

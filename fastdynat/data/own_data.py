@@ -19,7 +19,15 @@ from fastdynat.data.own_arrays import class_labels, dense_tensor, dtype_and_shap
 from fastdynat.data.read_ahead import set_digest
 from fastdynat.errors import UserError, shown
 from fastdynat.machine.free_memory import check_room
-from fastdynat.user_code import OBJECT, call_object, error_with_place, import_object, is_object, short_name
+from fastdynat.user_code import (
+    OBJECT,
+    call_object,
+    error_with_place,
+    import_object,
+    is_object,
+    short_name,
+    unpinned,
+)
 
 FORMS = (
     "give (images, labels), a torch Dataset of (image, label), (train, test), or a dict with train and "
@@ -78,11 +86,12 @@ def own_data(name: str) -> OwnData:
         made = call_object(made, name, {}, "data")
     found = own_parts(made, short_name(name))
     if found.test is not None:  # the code may make others when an evaluation calls it
-        code = hashlib.sha256(name.partition("#")[0].rpartition(":")[2].encode() + b"\0" + source).hexdigest()
+        function = unpinned(name).rpartition(":")[2]
+        code = hashlib.sha256(function.encode() + b"\0" + source).hexdigest()
         origin = (code, set_digest(found.test))
         found = replace(found, info=replace(found.info, test_origin=origin))
     _called.clear()
-    if "#" in name:
+    if name != unpinned(name):
         _called[name] = found
     return found
 

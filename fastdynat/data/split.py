@@ -62,22 +62,28 @@ def stratified_split(
 
 
 def _num_val(val_size: int | float | None, num_images: int, present: int) -> int:
-    if val_size is None:
-        val_size = DEFAULT_VAL_IMAGES if num_images >= 10 * DEFAULT_VAL_IMAGES else 0.1
+    if val_size is not None:
+        told = f"val_size {val_size:g}"
+    elif num_images >= 10 * DEFAULT_VAL_IMAGES:
+        val_size, told = DEFAULT_VAL_IMAGES, f"the default of val_size ({DEFAULT_VAL_IMAGES:,} images)"
+    else:
+        val_size, told = 0.1, "the default of val_size (10 %)"
     if isinstance(val_size, float) and val_size != 0 and not 0 < val_size < 1:
         raise UserError(f"val_size {val_size} must be a share in (0, 1) or a whole number of images")
     num_val = round(val_size * num_images) if isinstance(val_size, float) else val_size
+    most = num_images - present
     if num_val == 0 and val_size != 0:  # everything that needs validation images would do nothing
+        remedy = "1 or more images, or 0" if most else "0"
         raise UserError(
-            f"val_size {val_size:g} holds none of {num_images} training images out; use 1 or more images, or "
-            "0 to train without validation"
+            f"{told} holds none of {num_images} training images out; give --val-size {remedy} to train "
+            "without validation"
         )
     if num_val < 0:
         raise UserError(f"val_size {val_size} must not be negative; 0 holds out nothing")
-    if num_val > num_images - present:
+    if num_val > most:
         raise UserError(
-            f"val_size {val_size} holds out {num_val} of {num_images} training images, but each of the "
-            f"{present} classes must keep one; use at most {num_images - present}"
+            f"{told} holds out {num_val} of {num_images} training images, but each of the {present} classes "
+            f"must keep one; give --val-size {most} at most"
         )
     return num_val
 

@@ -57,7 +57,12 @@ def run_of_file(path: Path) -> Path | None:
 
 def looks_like_run(path: Path | str) -> bool:
     """True if `path` holds a config.yaml that a run wrote; other tools write files of this name too."""
-    return _first_lines(Path(path), 1)[0].rstrip() == HEADER.encode()
+    return is_run_config(Path(path) / CONFIG)
+
+
+def is_run_config(file: Path) -> bool:
+    """True if `file` is a configuration that a run wrote, in its folder or copied from there."""
+    return _first_lines(file, 1)[0].rstrip() == HEADER.encode()
 
 
 def require_run(path: Path | str) -> None:
@@ -84,15 +89,15 @@ def _is_forbidden(path: Path) -> bool:
 
 def run_id(path: Path) -> str | None:
     """The run's id in its configuration, which its checkpoints name too; None for versions without ids."""
-    match = re.fullmatch(rb"# id: ([0-9a-f]{16})\s*", _first_lines(path, 2)[1])
+    match = re.fullmatch(rb"# id: ([0-9a-f]{16})\s*", _first_lines(path / CONFIG, 2)[1])
     return match[1].decode() if match else None
 
 
-def _first_lines(run: Path, count: int) -> list[bytes]:
-    """The first `count` lines of the run's configuration, at most 200 bytes each; empty if unreadable."""
+def _first_lines(file: Path, count: int) -> list[bytes]:
+    """The first `count` lines of `file`, at most 200 bytes each; empty if unreadable."""
     try:
-        with open_file(run / CONFIG) as file:
-            return [file.readline(200) for _ in range(count)]
+        with open_file(file) as opened:
+            return [opened.readline(200) for _ in range(count)]
     except (OSError, UserError):
         return [b""] * count
 

@@ -87,18 +87,19 @@ def data_difference(sidecar: Sidecar, info: DatasetInfo) -> str:
 
 
 def check_test_images(sidecar: Sidecar, info: DatasetInfo, run: str) -> None:
-    """Refuse to evaluate `run` on what its own code makes now, if those are not the run's test images.
+    """Refuse what the own code of `run` makes now, if those are not the run's test images.
 
     Raises:
-        UserError: they differ, so the network may have been trained on them.
+        UserError: they differ in any pixel or label, so the network may have been trained on them.
     """
     then, now = sidecar.test_origin, info.test_origin
     if then is None or now is None or then[0] != now[0] or then == now:
         return
     raise UserError(
-        f"{info.name} makes other test images than when {run} was trained, so they may be among its training "
-        "images: use a fixed seed in the code, such as random_state=0, and train again; for other images on "
-        "purpose, name another function by --data"
+        f"{info.name} makes other test images than when {run} was trained, or decodes differently on this "
+        "machine, so they may be among its training images: use a fixed seed in the code, such as "
+        "random_state=0, and train again; to evaluate on these images on purpose, name another function by "
+        "--data, or give arrays to fastdynat.evaluate"
     )
 
 

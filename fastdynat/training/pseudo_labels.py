@@ -79,8 +79,9 @@ def read_labels(path: Path, store: ExtraStore, info: DatasetInfo) -> np.ndarray:
             f"--extra-labels {path}: label {labels[bad[0]]} at index {bad[0]} is outside "
             f"[0, {info.num_classes}), the classes of {info.name}"
         )
+    labels = labels.astype(np.min_scalar_type(info.num_classes - 1))
     _check_order(path, labels, store)
-    return labels.astype(np.min_scalar_type(info.num_classes - 1))
+    return labels
 
 
 def _check_order(path: Path, labels: np.ndarray, store: ExtraStore) -> None:

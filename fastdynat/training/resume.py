@@ -23,7 +23,9 @@ from fastdynat.runs import (
     RunDir,
     SeenRun,
     check_manifest,
+    check_test_images,
     newest_checkpoint,
+    read_sidecar,
     record_start,
 )
 from fastdynat.runs.environment import read_starts
@@ -65,8 +67,8 @@ def resumed_run(path: Path, config: TrainConfig[Any], *, lock_seconds: float = 0
         lock_seconds: to wait for another process that uses the run.
 
     Raises:
-        UserError: a change that would break exactness, or a checkpoint that is damaged or belongs to
-            another run.
+        UserError: a change that would break exactness, other test images, or a checkpoint that is damaged
+            or belongs to another run.
     """
     config, stored = pin_own_code(config), stored_config(path, config.method)
     refuse_changed_code(stored, config)
@@ -119,7 +121,10 @@ def _restored_trainer(run: RunDir | SeenRun, stored: TrainConfig[Any], asked: Tr
         last = newest_checkpoint(run.path)
         state = {} if last is None else _checked_state(last)
         found.append((last, state))
-        return _settled(run.path, stored, asked, state)
+        config, split = _settled(run.path, stored, asked, state)
+        if last is not None:  # the next checkpoint would name the images made now as the run's test images
+            check_test_images(read_sidecar(last / "model.safetensors")[0], split.info, str(run.path))
+        return config, split
 
     config, split = settled_by_first(asked, settle)
     last, state = world().from_first(found[0] if found else (None, {}))

@@ -211,3 +211,28 @@ def test_a_random_split_is_not_evaluated_on_its_training_images(
         with pytest.raises(UserError, match="makes other test images than when shuffled was trained"):
             fastdynat.evaluate("shuffled", code, "clean")
         assert "makes other test images" in refusal(["report", "shuffled", "--out", "report.html"], capsys)
+
+
+def test_a_resumed_run_keeps_its_test_images(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A later checkpoint would otherwise name the images that the code makes by then."""
+    Path("data.py").write_text(
+        "from pathlib import Path\n"
+        "from support.own import own_tensors\n\n\n"
+        "def make_data():\n"
+        "    images, labels = own_tensors()\n"
+        "    test = images[500:] + int(Path('level').read_text())\n"
+        "    return (images[:500], labels[:500]), (test, labels[500:])\n"
+    )
+    Path("level").write_text("0")
+    flags = ["--model", "own.py:make_net", "--data", "data.py:make_data", "--epochs", "2", "--run-dir", "run"]
+    assert main(["train", *QUICK, *flags, "--stop-after", "1"]) == 0
+    Path("level").write_text("1")
+    own_data._called.clear()  # as in another process
+    line = refusal(["train", "--resume", "run"], capsys)
+    assert "data.py:make_data makes other test images than when run was trained" in line
+    assert "or decodes differently on this machine" in line
+    assert "give arrays to fastdynat.evaluate" in line
+    Path("level").write_text("0")
+    own_data._called.clear()
+    assert main(["train", "--resume", "run"]) == 0
+    assert main(["eval", "run", "--attacks", "clean", "--cache", "off"]) == 0

@@ -568,6 +568,14 @@ def test_a_run_that_ended_early_is_said_to_have(
         assert 1 <= trained < asked == 30
         assert f"{trained} of 30" in printed
         assert f"natural, seed 1 ended after epoch {trained} of 30: --stop-at 0.05 is reached" in printed
+    file = tmp_path / "out" / "ledger.json"
+    ledger = json.loads(file.read_text())
+    for run in ledger["runs"].values():
+        del run["reason"]  # as an earlier version stored it
+    file.write_text(json.dumps(ledger))
+    compare(tmp_path / "out", *flags)
+    lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    assert f"natural, seed 1 ended after epoch {trained} of 30" in lines
 
 
 @needs("matplotlib")

@@ -51,6 +51,58 @@ def test_the_stored_configuration_of_a_run_causes_no_warning(stored: Path) -> No
     assert not notes(stored, "--schedule release --lr 0.05 --seed 3")
 
 
+def test_the_stored_configuration_of_an_earlier_version_causes_no_warning(
+    stored: Path, tmp_path: Path
+) -> None:
+    """It lacks the keys that are new since then; its keys without effect are still not the user's choice."""
+    lines = stored.read_text().splitlines()
+    older = "\n".join(line for line in lines if not line.startswith("norm_choice:"))
+    older = older.replace("remode: pixel", "remode: const")
+    assert "\nremode: const\n" in older
+    assert not notes(written(tmp_path, older))
+    (note,) = notes(written(tmp_path, older.partition("\n")[2]))  # nobody's but the user's
+    assert "remode (needs --reprob)" in note
+
+
+@pytest.mark.parametrize(
+    ("before", "now"),
+    [
+        ("8/255", "8"),
+        ("8", "8/255"),
+        (repr(8 / 255), "8/255"),
+        ("0.1", "1/10"),
+        ("auto", "auto"),
+        ("0.5\nnorm: l2", "1/2"),
+        ("8\nnorm: l2", "8"),
+    ],
+)
+def test_a_radius_that_is_only_written_differently_is_not_replaced(
+    before: str, now: str, tmp_path: Path
+) -> None:
+    file = written(tmp_path, f"method: madry\neps: {before}\nstep_size: 0.01\neval_eps: 0.03\n")
+    assert not notes(file, f"--eps {now}")
+
+
+@pytest.mark.parametrize(
+    ("before", "now"),
+    [("8/255", "9/255"), ("8", "auto"), ("auto", "8/255"), ("-1", "8/255"), ("8/255", "0.0314")],
+)
+def test_another_radius_is_replaced(before: str, now: str, tmp_path: Path) -> None:
+    file = written(tmp_path, f"method: madry\neps: {before}\nstep_size: 0.01\neval_eps: 0.03\n")
+    (note,) = notes(file, f"--eps {now}")
+    assert f"--eps {now} replaces {before} of {file}, which still sets step_size 0.01 and" in note
+
+
+def test_values_that_fitted_two_replaced_ones_are_named_once(stored: Path) -> None:
+    (note,) = notes(stored, "--norm l2 --eps 0.5")
+    assert note.startswith(
+        f"--eps 0.5 replaces {8 / 255} and --norm l2 replaces linf of {stored}, which still sets step_size "
+    )
+    first, second = notes(stored, "--norm l2 --opt adamw")
+    assert "--norm l2 replaces linf of" in first
+    assert "--opt adamw replaces sgd of" in second
+
+
 def test_values_that_fitted_what_a_flag_replaces_are_named(stored: Path, tmp_path: Path) -> None:
     (note,) = notes(stored, "--eps 4/255")
     assert note.startswith(

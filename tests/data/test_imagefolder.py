@@ -96,6 +96,64 @@ def test_an_unlabelled_test_folder_gives_way_to_val(root, inside, messages):
         load_test("imagefolder", root)
 
 
+def listed_under(monkeypatch, *locked: Path) -> list[Path]:
+    """Folders that are listed from now on, by whatever means of Python; those in `locked` cannot be."""
+    listed, scandir, listdir = [], os.scandir, os.listdir
+
+    def counting(function):
+        def listing(folder="."):
+            listed.append(Path(str(folder)))
+            if listed[-1] in locked:
+                raise PermissionError(13, "Permission denied", str(folder))
+            return function(folder)
+
+        return listing
+
+    monkeypatch.setattr(os, "scandir", counting(scandir))
+    monkeypatch.setattr(os, "listdir", counting(listdir))
+    return listed
+
+
+def test_folders_behind_the_test_folder_are_not_read(root, monkeypatch, messages):
+    shutil.copytree(root / "test", root / "val")
+    listed = listed_under(monkeypatch, root / "val")
+    assert len(load_test("imagefolder", root)[1]) == 4
+    assert root / "test" in listed  # so that listing is seen
+    assert root / "val" not in listed
+    assert NOT_USED.format(str(root / "val"), "", "test") in messages
+
+
+def test_an_unlabelled_test_folder_is_listed_once_and_its_files_are_left_alone(root, monkeypatch):
+    (root / "test").rename(root / "val")
+    (root / "test").mkdir()
+    for index in range(50):
+        (root / "test" / f"{index}.png").write_bytes(b"")
+    listed, asked, stat = listed_under(monkeypatch), [], os.stat
+    monkeypatch.setattr(os, "stat", lambda path, **how: asked.append(Path(str(path))) or stat(path, **how))
+    assert len(load_test("imagefolder", root)[1]) == 4
+    assert listed.count(root / "test") == 1
+    assert any(path.is_relative_to(root / "val") for path in asked)  # so that asking is seen
+    assert not [path for path in asked if path.parent == root / "test"]
+
+
+def test_a_test_folder_that_cannot_be_read_does_not_give_way(root, monkeypatch):
+    """It may hold the test images that are meant."""
+    shutil.copytree(root / "test", root / "val")
+    listed_under(monkeypatch, root / "test")
+    with pytest.raises(UserError, match=r"cannot read the folder '.*test' \(Permission denied\)"):
+        load_test("imagefolder", root)
+
+
+def test_links_to_class_folders_count_and_links_in_a_circle_do_not(root):
+    (root / "test").rename(root / "elsewhere")
+    (root / "val").mkdir()
+    (root / "test").mkdir()
+    for name in ("ant", "bee"):
+        (root / "val" / name).symlink_to(root / "elsewhere" / name)
+        (root / "test" / name).symlink_to(root / "test" / name)
+    assert len(load_test("imagefolder", root)[1]) == 4
+
+
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK"])
 def test_every_mode_becomes_rgb(root, mode):
     suffix = "jpg" if mode == "CMYK" else "png"

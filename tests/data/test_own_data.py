@@ -1,5 +1,6 @@
 """Data of the user: accepted forms, and refusals."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,9 +11,21 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from fastdynat.data import load_test, open_train
-from fastdynat.data.own_data import check_logit_count, given_data, own_parts
+from fastdynat.data.own_data import check_logit_count, given_data, own_data, own_parts
 from fastdynat.errors import UserError
+from fastdynat.user_code import pin
 
+MADE = """\
+import torch
+
+
+def first():
+    part = (torch.full((3, 3, 4, 5), {level}, dtype=torch.uint8), torch.arange(3))
+    return part, part
+
+
+second = first
+"""
 LABELS = torch.arange(12) % 3
 
 
@@ -225,3 +238,29 @@ def test_classes_and_logits() -> None:
     with pytest.raises(UserError, match='"classes": 5'):
         check_logit_count(own, 5)
     check_logit_count(own_parts({"train": (images(), LABELS), "classes": 5}, "data"), 5)
+
+
+def test_code_is_known_by_its_function_and_content_in_any_folder(tmp_path: Path) -> None:
+    files = [tmp_path / folder / "mine.py" for folder in ("plain", "issue #7", "a#sha256=b")]
+    for file in files:
+        file.parent.mkdir()
+        file.write_text(MADE.format(level=7))
+
+    def origin(name: str) -> tuple[str, str]:
+        found = own_data(name).info.test_origin
+        assert found is not None
+        return found
+
+    first = {origin(name) for file in files for name in (f"{file}:first", pin(f"{file}:first"))}
+    second = {origin(name) for file in files for name in (f"{file}:second", pin(f"{file}:second"))}
+    assert len(first) == len(second) == 1
+    assert first != second
+
+
+def test_a_file_that_has_changed_is_read_again_in_any_folder(tmp_path: Path) -> None:
+    """Only a pinned name names content, too."""
+    file = tmp_path / "issue #7" / "mine.py"
+    file.parent.mkdir()
+    for level in (7, 8):
+        file.write_text(MADE.format(level=level) + "#" * level)
+        assert own_data(f"{file}:first").train.images.unique().tolist() == [level]

@@ -60,14 +60,38 @@ def test_share_and_number_agree():
 def test_a_share_of_less_than_an_image_is_refused():
     labels = labels_of([800, 637])
     with pytest.raises(
-        UserError, match=r"val_size 0\.0003 holds none of 1437 training images out; use 1 or more"
+        UserError, match=r"val_size 0\.0003 holds none of 1437 training images out; give --val-size 1"
     ):
         stratified_split(labels, val_size=0.0003, limit=None, seed=0)
-    with pytest.raises(UserError, match=r"val_size 0\.1 holds none of 4 training images out"):
-        stratified_split(labels_of([2, 2]), val_size=None, limit=None, seed=0)
     for nothing in (0, 0.0):
         assert not len(stratified_split(labels, val_size=nothing, limit=None, seed=0)[1])
     assert len(stratified_split(labels, val_size=0.001, limit=None, seed=0)[1]) == 1
+
+
+@pytest.mark.parametrize(
+    ("counts", "message", "remedies"),
+    [
+        (
+            [2, 2],
+            r"\(10 %\) holds none of 4 training images out; give --val-size 1 or more images, or 0 ",
+            (0, 1),
+        ),
+        (
+            [3, 2],
+            r"\(10 %\) holds none of 5 training images out; give --val-size 1 or more images, or 0 ",
+            (0, 1),
+        ),
+        ([1] * 4, r"\(10 %\) holds none of 4 training images out; give --val-size 0 to train without", (0,)),
+        ([1] * 12, r"\(10 %\) holds out 1 of 12 .* give --val-size 0 at most", (0,)),
+        ([2] * 500 + [1] * 9500, r"\(1,000 images\) holds out 1000 of .* --val-size 500 at most", (0, 500)),
+    ],
+)
+def test_a_default_that_cannot_be_is_named_as_the_default(counts, message, remedies):
+    labels = labels_of(counts)
+    with pytest.raises(UserError, match="^the default of val_size " + message):
+        stratified_split(labels, val_size=None, limit=None, seed=0)
+    for remedy in remedies:
+        assert len(stratified_split(labels, val_size=remedy, limit=None, seed=0)[1]) == remedy
 
 
 def test_deterministic_in_the_seed_only():
@@ -95,8 +119,8 @@ def test_no_validation_images():
         (
             9,
             None,
-            "val_size 9 holds out 9 of 10 training images, but each of the 2 classes must keep one; use at "
-            "most 8",
+            "val_size 9 holds out 9 of 10 training images, but each of the 2 classes must keep one; give "
+            "--val-size 8 at most",
         ),
         (0.95, None, "val_size 0.95 holds out 10 of 10"),
         (-1, None, "val_size -1 must not be negative"),

@@ -441,7 +441,8 @@ WORDS = DatasetInfo("words", 3, (3, 8, 8), ("cat", "dog", "fox"), (0.5,) * 3, (0
 
 
 @pytest.mark.parametrize("wrong", [0, 4])
-def test_label_files_in_the_order_of_image_folder_are_refused(wrong: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", ["int8", "int64", "uint8", "uint64", ">u8"])
+def test_label_files_in_the_order_of_image_folder_are_refused(wrong: int, dtype: str, tmp_path: Path) -> None:
     store, classes = labelled_folders(tmp_path / "extra", FOLDERS)
     odd = [0] * len(classes)
     if wrong:
@@ -449,9 +450,10 @@ def test_label_files_in_the_order_of_image_folder_are_refused(wrong: int, tmp_pa
     file = tmp_path / "labels.npy"
     meant = [2, 0, 1]  # the dataset's label of each folder
     found = [(meant[c] + o) % 3 for c, o in zip(classes, odd, strict=True)]
-    np.save(file, np.array(found))
+    np.save(file, np.array(found, dtype))
     assert read_labels(file, store, WORDS).tolist() == found
-    np.save(file, np.array([(meant[c] + o) % 3 for c, o in zip(sorted(classes), odd, strict=True)]))
+    wrongly = [(meant[c] + o) % 3 for c, o in zip(sorted(classes), odd, strict=True)]
+    np.save(file, np.array(wrongly, dtype))
     with pytest.raises(UserError, match="has the order of torchvision's ImageFolder, one class folder after"):
         read_labels(file, store, WORDS)
 

@@ -117,8 +117,9 @@ def _notes(doc: Values) -> list[str]:
 def _ends(run: Values) -> list[str]:
     """The note of a run that did not end with its last epoch."""
     who, trained, epochs = f"{run['method']}, seed {run['seed']}", len(run["epochs"]), run["config"]["epochs"]
+    why = f": {run['reason']}" if run["reason"] else ""  # earlier versions stored none
     if run["ended"] == "diverged":
-        return [f"{who} diverged: {run['reason']}"]
+        return [f"{who} diverged{why}"]
     if trained < epochs:
-        return [f"{who} ended after epoch {trained} of {epochs}: {run['reason']}"]
+        return [f"{who} ended after epoch {trained} of {epochs}{why}"]
     return []
