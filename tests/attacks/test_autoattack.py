@@ -137,7 +137,11 @@ def test_a_killed_evaluation_goes_on_to_the_same_verdicts(
     assert states[1]["accuracies"]["apgd-t10"] == float((model(whole).argmax(1) == y).double().mean())
 
 
-def test_a_foreign_state_is_refused(task: tuple[nn.Module, Tensor, Tensor], tmp_path: Path) -> None:
+def test_a_foreign_state_is_refused(
+    task: tuple[nn.Module, Tensor, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fastdynat.evaluation import staged
+
     model, x, y = task
     path = tmp_path / "s.json"
     evaluator(model, ("apgd-ce2",)).run_standard_evaluation(x, y, state_path=path)
@@ -158,6 +162,10 @@ def test_a_foreign_state_is_refused(task: tuple[nn.Module, Tensor, Tensor], tmp_
     ):
         with pytest.raises(UserError, match=f"of another evaluation: {what} differ"):
             changed()
+    with monkeypatch.context() as patch:
+        patch.setattr(staged, "code_version", lambda: "another")
+        with pytest.raises(UserError, match=": version of fastdynat differ"):
+            evaluator(model, ("apgd-ce2",)).run_standard_evaluation(x, y, state_path=path)
     path.write_text("{}")
     with pytest.raises(UserError, match="is not the state of an AutoAttack evaluation"):
         evaluator(model, ("apgd-ce2",)).run_standard_evaluation(x, y, state_path=path)

@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from support.networks import tiny_cnn
 
-from fastdynat.commands.evaluate.measurement_store import FORMAT, code_version
+from fastdynat.commands.evaluate.measurement_store import FORMAT
 from fastdynat.commands.figures import TEXT
 from fastdynat.commands.main import main
 from fastdynat.commands.report.report_config import ReportConfig
@@ -26,7 +26,7 @@ from fastdynat.commands.report.run_records import ReportedCheckpoint, _short_nam
 from fastdynat.data import ImageSet
 from fastdynat.evaluation import Stopped
 from fastdynat.evaluation.outcome import Measurement
-from fastdynat.runs import read_sidecar
+from fastdynat.runs import code_version, read_sidecar
 
 pytestmark = needs("matplotlib", "jinja2")
 TINY = [
