@@ -15,7 +15,7 @@ from fastdynat.attacks.ball import inside
 from fastdynat.commands.evaluate.reference_autoattack import run_reference
 from fastdynat.errors import UserError
 from fastdynat.evaluation import AutoAttack
-from fastdynat.evaluation.defences import check_square
+from fastdynat.evaluation.defences import check_square, warn_resumed
 from fastdynat.evaluation.outcome import unpack_bits
 
 EPS, N = 0.02, 30
@@ -129,12 +129,27 @@ def test_a_killed_evaluation_goes_on_to_the_same_verdicts(
     assert torch.equal(model(x_adv).argmax(1), labels)
     assert len(said) == (lost > 0)
     if lost:
-        assert said[0].startswith(f"{lost} images were broken")
+        assert said[0].startswith(f"{lost} image{'s were' if lost > 1 else ' was'} broken")
         assert f"the robust accuracy is {robust:.2%}" in said[0]
     states = [json.loads((tmp_path / name).read_text()) for name in ("whole.json", "s.json")]
     assert states[0]["robust"] == states[1]["robust"]
     assert states[0]["accuracies"] == states[1]["accuracies"]
     assert states[1]["accuracies"]["apgd-t10"] == float((model(whole).argmax(1) == y).double().mean())
+
+
+@pytest.mark.parametrize(
+    ("images", "said"),
+    [
+        (1, "1 image was broken before .* and is returned unperturbed, with its clean label: .* 50.00%"),
+        (
+            2,
+            "2 images were broken before .* and are returned unperturbed, with their clean labels: .* 50.00%",
+        ),
+    ],
+)
+def test_the_warning_of_a_resume_counts_images(images: int, said: str) -> None:
+    with pytest.warns(UserWarning, match=said):
+        warn_resumed(images, 0.5)
 
 
 def test_a_foreign_state_is_refused(
