@@ -19,7 +19,7 @@ LEAST = torch.finfo(torch.float32).tiny  # size of a verdict whose margin has no
 
 
 def margin_goal(labels: Tensor, targeted: bool = False) -> AttackGoal:
-    """The margin away from `labels` (N,), or towards them; positive exactly where the goal is reached."""
+    """The margin away from `labels` (N,), or towards them; `verdict` gives its value."""
     return AttackGoal("margin", labels, targeted)
 
 

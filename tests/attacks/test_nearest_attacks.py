@@ -231,6 +231,23 @@ def test_deepfool_finds_every_point_that_a_model_in_half_precision_misclassifies
     assert bool((found.found & (top[:, 0] == top[:, 1])).any())  # a tie at one, or the test shows nothing
 
 
+def test_sigma_zero_keeps_what_the_judge_accepted_when_an_image_is_finished() -> None:
+    """The replica takes all images for misclassified. One pixel is enough for two, but not for the third."""
+    weight = torch.full((1, 4, 4), 0.001)
+    weight[0, 0, :2] = torch.tensor([1.0, 0.5])
+
+    def judge(x: Tensor) -> Tensor:
+        gap = (weight * x).sum((1, 2, 3)) - 0.3
+        return torch.stack((torch.zeros_like(gap), gap), 1)
+
+    x = torch.full((3, 1, 4, 4), 0.5)
+    x[:2, 0, 0, :2], x[2, 0, 0, :2] = torch.tensor([0.9, 0.1]), torch.tensor([0.3, 0.6])
+    ascent = Ascent(lambda z: judge(z) + torch.tensor([100.0, 0.0]), judge=judge, strict=True)
+    found = SigmaZero(steps=200)(ascent, x, torch.ones(3, dtype=torch.int64))
+    assert found.distance.tolist() == [1, 1, 2]
+    assert bool((judge(found.x_adv).argmax(1) == 0).all())
+
+
 def test_images_that_are_finished_are_asked_about_no_more() -> None:
     """Three of four are misclassified from the start on; the judge of the fourth hears of no other."""
     asked: list[int] = []
