@@ -169,7 +169,7 @@ def _left_out(checkpoint: ReportedCheckpoint) -> list[Measured]:
 
 
 def _other_images(record: Record, checkpoint: ReportedCheckpoint, left_out: Sequence[Measured]) -> Missing:
-    """What is left out, what of it is lower than what is shown, and the command of `_measure_again`."""
+    """A note on what is left out and which of it is lower than what is shown, with `_measure_again`."""
     accuracies = dict.fromkeys(_with_images(m, checkpoint) for m in left_out)
     text = (
         f"{record.name}, {' = '.join(checkpoint.names)}: left out, because they are of other images: "
