@@ -25,7 +25,7 @@ def wide(logits: Tensor) -> Tensor:
 
 
 def margin(logits: Tensor, labels: Tensor) -> Tensor:
-    """``max_{k != y} z_k - z_y`` per image, (N,): positive exactly where the prediction is wrong.
+    """``max_{k != y} z_k - z_y`` per image, (N,): positive where the prediction is wrong, 0 at a tie.
 
     The margin loss of Carlini & Wagner 2017 (arXiv 1608.04644).
     """

@@ -101,8 +101,8 @@ class DeepFool:
         move = direction * per_image((1 + self.overshoot) * (gap.abs() / norm).clamp_min(LEAST_MOVE), grad)
         stays = s.fooled | ~(norm > 0)
         x_adv = torch.where(per_image(stays, grad), s.x_adv, (s.x_adv + move).clamp(0, 1))
-        fooled = s.fooled | (score(ascent, x_adv, margin_goal(s.labels)) > 0)
         going = ~s.fooled
+        fooled = s.fooled | (score(ascent, x_adv, margin_goal(s.labels), going) > 0)
         return replace(
             s,
             x_adv=x_adv,

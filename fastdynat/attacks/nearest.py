@@ -11,37 +11,55 @@ from fastdynat.attack_engine.ascent import Ascent, nearly_ties
 from fastdynat.attack_engine.goal import AttackGoal, GoalKind, wide
 from fastdynat.attack_engine.lengths import bounded_gradient
 from fastdynat.attacks.interface import Nearest
+from fastdynat.models.logits import predicted_classes
 from fastdynat.ops.attack_logit_grad import inverse_power_of_two
 
 USUAL = 2.0**20  # logits that spread by less, and by more than its inverse, are not scaled
+LEAST = torch.finfo(torch.float32).tiny  # size of a verdict whose margin has no sign
 
 
 def margin_goal(labels: Tensor, targeted: bool = False) -> AttackGoal:
-    """The margin away from `labels` (N,), or towards them; positive exactly where the goal is reached."""
+    """The margin away from `labels` (N,), or towards them; `verdict` gives its value."""
     return AttackGoal("margin", labels, targeted)
 
 
-def score(ascent: Ascent, x: Tensor, goal: AttackGoal) -> Tensor:
-    """The value per image (N,) of the margin `goal`; see `settled`."""
+def verdict(goal: AttackGoal, logits: Tensor) -> Tensor:
+    """The value (N,) of the margin `goal`: above 0 where the predicted class reaches it, else below.
+
+    The margin of two largest logits that are equal, as they often are in half precision, is 0, whichever of
+    the two classes is predicted; that of NaN, which is never right (`predicted_classes`), has no sign.
+    """
+    value, classes = goal.per_image(logits), predicted_classes(logits)
+    reached = classes == goal.target if goal.targeted else classes != goal.target
+    agrees = torch.where(reached, value > 0, value < 0)
+    return torch.where(agrees, value, torch.where(reached, LEAST, -LEAST).to(value.dtype))
+
+
+def score(ascent: Ascent, x: Tensor, goal: AttackGoal, asked: Tensor | bool = True) -> Tensor:
+    """The `verdict` per image (N,) on `x`; see `settled`."""
     with torch.no_grad():
         logits = ascent.logits(ascent.to_model_input(x))
-        return settled(ascent, x, goal, goal.per_image(logits), nearly_ties(logits, goal.target))
+        return settled(ascent, x, goal, verdict(goal, logits), nearly_ties(logits, goal.target), asked)
 
 
-def settled(ascent: Ascent, x: Tensor, goal: AttackGoal, value: Tensor, near: Tensor) -> Tensor:
-    """`value` (N,) of the margin `goal` at `x`, that of the network itself where the replica's may mislead.
+def settled(
+    ascent: Ascent, x: Tensor, goal: AttackGoal, value: Tensor, near: Tensor, asked: Tensor | bool
+) -> Tensor:
+    """`value` (N,), a `verdict` on `x`, of the network itself where the replica's may mislead.
 
     As `Ascent.settle_ties`: a point that only the replica misclassifies must not end a search.
 
     near: (N,) bool, where the replica's logits nearly tie (`nearly_ties`).
+    asked: (N,) bool, images whose search goes on; True is all.
     """
     if ascent.judge is None or (x.is_cuda and not ascent.strict):
         return value
-    rows = (near | (value > 0) if ascent.strict else near).nonzero().squeeze(1)
+    doubtful = near | (value > 0) if ascent.strict else near
+    rows = (doubtful & asked).nonzero().squeeze(1)
     if len(rows) == 0:
         return value
     with torch.no_grad():
-        own = replace(goal, target=goal.target[rows]).per_image(ascent.judge(x[rows]))
+        own = verdict(replace(goal, target=goal.target[rows]), ascent.judge(x[rows]))
     return value.index_copy(0, rows, own.to(value.dtype))
 
 
@@ -58,7 +76,7 @@ def logit_unit(ascent: Ascent, x: Tensor) -> Tensor:
 
 
 def descent(ascent: Ascent, kind: GoalKind) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """A function (x, target, asked) -> the value (N,) of the margin goal of `kind`, the gradient of minus it.
+    """A function (x, target, asked) -> the `verdict` (N,) of the margin goal of `kind`, minus its gradient.
 
     Both are in the dtype of `x`, where the images `asked` (N,) bool are `settled`.
     """
@@ -66,7 +84,7 @@ def descent(ascent: Ascent, kind: GoalKind) -> Callable[[Tensor, Tensor, Tensor]
 
     def at(x: Tensor, target: Tensor, asked: Tensor) -> tuple[Tensor, Tensor]:
         value, near, grad = look(ascent.to_model_input(x), target)
-        value = settled(ascent, x, AttackGoal.from_kind(kind, target), value, near & asked)
+        value = settled(ascent, x, AttackGoal.from_kind(kind, target), value, near, asked)
         return value.to(x.dtype), grad.to(x.dtype)
 
     return at
@@ -75,7 +93,7 @@ def descent(ascent: Ascent, kind: GoalKind) -> Callable[[Tensor, Tensor, Tensor]
 def _look(
     ascent: Ascent, model_input: Tensor, target: Tensor, *, kind: GoalKind
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The goal's value (N,), `nearly_ties` (N,), and the gradient of minus the value at `model_input`.
+    """The `verdict` (N,), `nearly_ties` (N,), and the gradient of minus the goal's value at `model_input`.
 
     The gradient has the network's own size, but for entries that are not finite (`bounded_gradient`): a small
     weight c would bring half precision nearer to underflow.
@@ -83,7 +101,7 @@ def _look(
     goal = AttackGoal.from_kind(kind, target)
 
     def logit_grad(logits: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        return -goal.logit_grad(logits), (goal.per_image(logits), nearly_ties(logits, target))
+        return -goal.logit_grad(logits), (verdict(goal, logits), nearly_ties(logits, target))
 
     (value, near), grad = ascent.value_and_grad(model_input, logit_grad)
     return value, near, bounded_gradient(grad)

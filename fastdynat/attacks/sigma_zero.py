@@ -128,7 +128,7 @@ class SigmaZero:
         adversarial = margin > 0
         moved = s.x_adv - s.x
         changed = (moved != 0).any(1).sum((1, 2))
-        fewer = adversarial & (changed < s.changed)
+        fewer = adversarial & running & (changed < s.changed)
         torch.where(per_image(fewer, moved), s.x_adv, s.nearest, out=s.nearest)
         zeros = (length(grad, "linf") == 0) & (margin < 0) & running
         grad.mul_(per_image(s.unit * (margin < 0), grad))  # of the hinge

@@ -148,7 +148,7 @@ class AutoAttack:
 
         Raises:
             UserError: invalid images or labels, too few classes, NaN logits, or the state of another
-                evaluation.
+                evaluation or of another version of fastdynat.
         """
         return self._evaluate(
             self.stages,

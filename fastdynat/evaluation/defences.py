@@ -73,10 +73,15 @@ def check_square(accuracies: Mapping[str, float]) -> None:
 
 def warn_resumed(images: int, robust: float) -> None:
     """Warn of `images` that an earlier call broke; robust: accuracy of all calls together."""
+    broken, returned = (
+        ("1 image was", "is returned unperturbed, with its clean label")
+        if images == 1
+        else (f"{images} images were", "are returned unperturbed, with their clean labels")
+    )
     warn(
-        f"{images} images were broken before this evaluation was resumed and are returned unperturbed, with "
-        f"their clean labels: the robust accuracy is {robust:.2%}, not that of the returned images; an "
-        "evaluation in one go returns all adversarial images"
+        f"{broken} broken before this evaluation was resumed and {returned}: the "
+        f"robust accuracy is {robust:.2%}, not that of the returned images; an evaluation in one go returns "
+        "all adversarial images"
     )
 
 

@@ -21,7 +21,7 @@ from fastdynat.evaluation.measure_on_ranks import on_all_ranks
 from fastdynat.evaluation.network_identity import PROBED, digest, network_digests
 from fastdynat.evaluation.outcome import pack_bits, unpack_bits
 from fastdynat.evaluation.unit_images import UnitImages
-from fastdynat.runs import check_writable
+from fastdynat.runs import check_writable, code_version
 from fastdynat.runs.atomic_files import write_text
 
 FORMAT = "fastdynat-autoattack/1"
@@ -63,7 +63,7 @@ def evaluation_identity(
     classes: Callable[[Tensor], Tensor],
     **numbers: Any,
 ) -> dict[str, Any]:
-    """`numbers` with digests of images, labels and network.
+    """`numbers` with digests of images, labels and network, and the version of the code that measures.
 
     Args:
         clean: (N,) predictions on `x`.
@@ -71,7 +71,7 @@ def evaluation_identity(
     """
     probed = x[torch.arange(min(PROBED, len(x)))]
     own = network_digests(model, clean, probed, classes)
-    return {**own, "images": digest([x, y]), **numbers}
+    return {**own, "images": digest([x, y]), "version of fastdynat": code_version(), **numbers}
 
 
 def standing(progress: Progress, images: int) -> Tensor:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from fastdynat.runs.rundir import RunDir, check_new, claim_name, free_name, lock_folder, release_name
     from fastdynat.runs.seen_run import SeenRun, marked_folder, require_shared
     from fastdynat.runs.sidecar import Sidecar, read_sidecar
-    from fastdynat.runs.source import package_digest, source_commit
+    from fastdynat.runs.source import code_version, package_digest, source_commit
     from fastdynat.runs.weights import (
         check_test_images,
         data_difference,
@@ -59,7 +59,7 @@ __getattr__, __dir__ = lazy_names(
         ),
         "seen_run": ("SeenRun", "marked_folder", "require_shared"),
         "sidecar": ("Sidecar", "read_sidecar"),
-        "source": ("package_digest", "source_commit"),
+        "source": ("code_version", "package_digest", "source_commit"),
         "weights": (
             "check_test_images",
             "data_difference",
@@ -90,6 +90,7 @@ __all__ = [
     "check_test_images",
     "check_writable",
     "claim_name",
+    "code_version",
     "data_difference",
     "describe_environment",
     "find_checkpoint",

@@ -4,9 +4,13 @@ import hashlib
 import importlib.util
 import os
 import subprocess
+from functools import cache
 from pathlib import Path
 
 import fastdynat
+
+# Parts of the package that decide what an attack finds.
+MEASURING = ("attacks", "attack_engine", "evaluation", "kernels", "models", "ops")
 
 
 def source_commit() -> str:
@@ -52,6 +56,12 @@ def package_digest(*, parts: tuple[str, ...] = (), compiled: bool = False) -> st
     if extension is not None and extension.origin is not None:
         digest.update(Path(extension.origin).read_bytes())
     return digest.hexdigest()[:16]
+
+
+@cache
+def code_version() -> str:
+    """The version of this package with a digest of the code that decides what an attack finds."""
+    return f"{fastdynat.__version__}+{package_digest(parts=MEASURING)}"
 
 
 def _kernels() -> Path:

@@ -15,7 +15,7 @@ from fastdynat.attacks.ball import inside
 from fastdynat.commands.evaluate.reference_autoattack import run_reference
 from fastdynat.errors import UserError
 from fastdynat.evaluation import AutoAttack
-from fastdynat.evaluation.defences import check_square
+from fastdynat.evaluation.defences import check_square, warn_resumed
 from fastdynat.evaluation.outcome import unpack_bits
 
 EPS, N = 0.02, 30
@@ -129,7 +129,7 @@ def test_a_killed_evaluation_goes_on_to_the_same_verdicts(
     assert torch.equal(model(x_adv).argmax(1), labels)
     assert len(said) == (lost > 0)
     if lost:
-        assert said[0].startswith(f"{lost} images were broken")
+        assert said[0].startswith(f"{lost} image{'s were' if lost > 1 else ' was'} broken")
         assert f"the robust accuracy is {robust:.2%}" in said[0]
     states = [json.loads((tmp_path / name).read_text()) for name in ("whole.json", "s.json")]
     assert states[0]["robust"] == states[1]["robust"]
@@ -137,7 +137,26 @@ def test_a_killed_evaluation_goes_on_to_the_same_verdicts(
     assert states[1]["accuracies"]["apgd-t10"] == float((model(whole).argmax(1) == y).double().mean())
 
 
-def test_a_foreign_state_is_refused(task: tuple[nn.Module, Tensor, Tensor], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("images", "said"),
+    [
+        (1, "1 image was broken before .* and is returned unperturbed, with its clean label: .* 50.00%"),
+        (
+            2,
+            "2 images were broken before .* and are returned unperturbed, with their clean labels: .* 50.00%",
+        ),
+    ],
+)
+def test_the_warning_of_a_resume_counts_images(images: int, said: str) -> None:
+    with pytest.warns(UserWarning, match=said):
+        warn_resumed(images, 0.5)
+
+
+def test_a_foreign_state_is_refused(
+    task: tuple[nn.Module, Tensor, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fastdynat.evaluation import staged
+
     model, x, y = task
     path = tmp_path / "s.json"
     evaluator(model, ("apgd-ce2",)).run_standard_evaluation(x, y, state_path=path)
@@ -158,6 +177,10 @@ def test_a_foreign_state_is_refused(task: tuple[nn.Module, Tensor, Tensor], tmp_
     ):
         with pytest.raises(UserError, match=f"of another evaluation: {what} differ"):
             changed()
+    with monkeypatch.context() as patch:
+        patch.setattr(staged, "code_version", lambda: "another")
+        with pytest.raises(UserError, match=": version of fastdynat differ"):
+            evaluator(model, ("apgd-ce2",)).run_standard_evaluation(x, y, state_path=path)
     path.write_text("{}")
     with pytest.raises(UserError, match="is not the state of an AutoAttack evaluation"):
         evaluator(model, ("apgd-ce2",)).run_standard_evaluation(x, y, state_path=path)

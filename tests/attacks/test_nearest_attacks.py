@@ -5,19 +5,21 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import needs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.networks import tiny_cnn
 from torch import Tensor, nn
 
-from fastdynat.attack_engine.ascent import Ascent
+from fastdynat.attack_engine.ascent import Ascent, Underflow
 from fastdynat.attack_engine.engine import AttackEngine
 from fastdynat.attacks import Attack, CarliniL2, DeepFool, Nearest, SigmaZero, parse_attack
 from fastdynat.attacks.nearest import margin_goal
 from fastdynat.data import ImageSet
 from fastdynat.errors import UserError
 from fastdynat.evaluation import measure
+from fastdynat.evaluation.measure import attacked
 from fastdynat.evaluation.outcome import unpack_bits
 
 SEARCHES: list[Attack] = [
@@ -157,6 +159,107 @@ def test_an_image_is_attacked_as_if_it_were_alone(n: int, wrong: int, seed: int,
     torch.testing.assert_close(together.x_adv, torch.cat([r.x_adv for r in alone]), rtol=0, atol=1e-7)
     assert together.gradients == sum(r.gradients for r in alone)
     check_contract(net, x, labels, together, which.norm)
+
+
+def tied_below(x: Tensor) -> Tensor:
+    """Three logits; those of classes 0 and 1 are equal up to a mean of 0.4, where class 0 is predicted."""
+    rest = F.relu(x.mean((1, 2, 3)) - 0.4)
+    return torch.stack((torch.zeros_like(rest), rest, torch.full_like(rest, -1)), 1)
+
+
+def crossing_below(x: Tensor) -> Tensor:
+    """A replica of `tied_below` whose logits cross where those are equal."""
+    gap = x.mean((1, 2, 3)) - 0.4
+    return torch.stack((torch.zeros_like(gap), gap, torch.full_like(gap, -1)), 1)
+
+
+@pytest.mark.parametrize("replica", [True, False])
+@pytest.mark.parametrize("name", ["deepfool", "deepfool-linf", "cwl2-5x100", "sigmazero200"])
+def test_logits_that_are_equal_are_judged_by_the_predicted_class(name: str, replica: bool) -> None:
+    """No margin ever is above 0. The nearest image is that of the mean 0.4."""
+    x = 0.45 + 0.3 * torch.rand(6, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    ascent = Ascent(crossing_below, judge=tied_below, strict=True) if replica else Ascent(tied_below)
+    search = parse_attack(name, eps=1, step_size=1).search
+    found = search(ascent, x, torch.ones(6, dtype=torch.int64))
+    assert isinstance(found, Nearest)
+    assert bool(found.found.all())
+    assert bool((tied_below(found.x_adv).argmax(1) == 0).all())
+    gap = x.mean((1, 2, 3)) - 0.4
+    if name != "sigmazero200":
+        nearest = gap if name == "deepfool-linf" else 4 * gap  # 16 pixels
+        assert bool((found.distance > 0.999 * nearest).all())
+        assert bool((found.distance < 1.1 * nearest + 1e-3).all())
+
+
+@pytest.mark.parametrize("index", [0, 2])
+def test_a_targeted_attack_on_equal_logits_ends_at_the_target_only_if_it_is_predicted(index: int) -> None:
+    def network(x: Tensor) -> Tensor:
+        """The logit of class 1 falls to that of class `index`, and no further."""
+        rest = F.relu(x.mean((1, 2, 3)) - 0.4)
+        others = [torch.zeros_like(rest), torch.full_like(rest, -1)]
+        low, high = others if index == 0 else others[::-1]
+        return torch.stack((low, rest, high), 1)
+
+    x = 0.45 + 0.3 * torch.rand(4, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    found = SigmaZero(steps=200).run(Ascent(network), x, margin_goal(torch.full((4,), index), targeted=True))
+    assert found.found.tolist() == [index == 0] * 4
+
+
+def test_deepfool_finds_every_point_that_a_model_in_half_precision_misclassifies() -> None:
+    """One image at a time: it is found exactly if the model answered another class than the label's."""
+    half, n = torch.bfloat16, 80
+    model, x = frozen(0, torch.float32).to(half), images(n, dtype=torch.float32)
+    labels = model(x.to(half)).argmax(1)
+    answers: list[int] = []
+
+    def heard(z: Tensor) -> Tensor:
+        logits = model(z)
+        answers.extend(logits.argmax(1).tolist())
+        return logits
+
+    misclassified, search = [], DeepFool(steps=10)
+    for i in range(n):
+        answers.clear()
+        search(Ascent(heard, Underflow(rescale=True), half), x[i : i + 1], labels[i : i + 1])
+        misclassified.append(any(answer != int(labels[i]) for answer in answers))
+    plain = search(Ascent(model, Underflow(rescale=True), half), x, labels)
+    found = search(attacked(model, x), x, labels)
+    assert isinstance(found, Nearest)
+    assert plain.found.tolist() == found.found.tolist() == misclassified
+    points = model(found.x_adv.to(half))
+    top = points.topk(2).values
+    assert bool((found.found & (top[:, 0] == top[:, 1])).any())  # a tie at one, or the test shows nothing
+
+
+def test_sigma_zero_keeps_what_the_judge_accepted_when_an_image_is_finished() -> None:
+    """The replica takes all images for misclassified. One pixel is enough for two, but not for the third."""
+    weight = torch.full((1, 4, 4), 0.001)
+    weight[0, 0, :2] = torch.tensor([1.0, 0.5])
+
+    def judge(x: Tensor) -> Tensor:
+        gap = (weight * x).sum((1, 2, 3)) - 0.3
+        return torch.stack((torch.zeros_like(gap), gap), 1)
+
+    x = torch.full((3, 1, 4, 4), 0.5)
+    x[:2, 0, 0, :2], x[2, 0, 0, :2] = torch.tensor([0.9, 0.1]), torch.tensor([0.3, 0.6])
+    ascent = Ascent(lambda z: judge(z) + torch.tensor([100.0, 0.0]), judge=judge, strict=True)
+    found = SigmaZero(steps=200)(ascent, x, torch.ones(3, dtype=torch.int64))
+    assert found.distance.tolist() == [1, 1, 2]
+    assert bool((judge(found.x_adv).argmax(1) == 0).all())
+
+
+def test_images_that_are_finished_are_asked_about_no_more() -> None:
+    """Three of four are misclassified from the start on; the judge of the fourth hears of no other."""
+    asked: list[int] = []
+
+    def judge(x: Tensor) -> Tensor:
+        asked.append(len(x))
+        return tied_below(x)
+
+    x, labels = torch.full((4, 1, 4, 4), 0.7), torch.tensor([0, 0, 0, 1])
+    DeepFool()(Ascent(crossing_below, judge=judge, strict=True), x, labels)
+    assert asked[0] == 3  # the clean images that the replica misclassifies
+    assert set(asked[1:]) == {1}
 
 
 def changed_pixels(x_adv: Tensor, x: Tensor) -> Tensor:

@@ -368,6 +368,19 @@ def test_both_sides_of_a_lopsided_interval_are_shown(correct: int, images: int, 
     assert accuracy_text(values, "\n") == text.replace(" ", "\n").replace("/", "\n")
 
 
+@pytest.mark.parametrize(("correct", "said"), [(30, False), (0, True)])
+def test_the_title_explains_both_sides_only_where_they_are_shown(
+    run: Path, tmp_path: Path, correct: int, said: bool
+) -> None:
+    (record,) = evaluate(tmp_path, run, "--attacks", "clean", "--checkpoints", "last")["results"]
+    record["attacks"][0] |= {"accuracy": correct / 60, "ci": wilson(correct, 60)}
+    text = io.StringIO()
+    print_results([record], Console(file=text, width=250))
+    title = text.getvalue().partition(" test images")[0]
+    explained = f"± half a 95 % interval, or +above/-below where its sides differ, {record['images']}"
+    assert title.endswith(explained if said else f"± half a 95 % interval, {record['images']}")
+
+
 def test_every_name_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["eval", "--list-attacks"]) == 0
     out = capsys.readouterr().out

@@ -14,7 +14,7 @@ import torch
 from conftest import needs
 from torch import Tensor, nn
 
-from fastdynat.commands.evaluate.measurement_store import FORMAT, code_version
+from fastdynat.commands.evaluate.measurement_store import FORMAT
 from fastdynat.commands.export.accuracies import Accuracies, stored_accuracies
 from fastdynat.commands.export.export_check import largest_difference
 from fastdynat.commands.export.export_config import ExportConfig
@@ -25,7 +25,7 @@ from fastdynat.commands.main import main
 from fastdynat.errors import UserError
 from fastdynat.evaluation import Measurement
 from fastdynat.models import build_model
-from fastdynat.runs import Sidecar, load_network, read_sidecar
+from fastdynat.runs import Sidecar, code_version, load_network, read_sidecar
 
 TINY = [
     "--train-size",

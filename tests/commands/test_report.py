@@ -3,6 +3,7 @@
 import base64
 import json
 import re
+import shlex
 import shutil
 from dataclasses import asdict
 from html.parser import HTMLParser
@@ -17,8 +18,9 @@ from conftest import needs
 from PIL import Image
 from safetensors.torch import load_file
 from support.networks import tiny_cnn
+from torch import Tensor
 
-from fastdynat.commands.evaluate.measurement_store import FORMAT, code_version
+from fastdynat.commands.evaluate.measurement_store import FORMAT
 from fastdynat.commands.figures import TEXT
 from fastdynat.commands.main import main
 from fastdynat.commands.report.report_config import ReportConfig
@@ -26,7 +28,7 @@ from fastdynat.commands.report.run_records import ReportedCheckpoint, _short_nam
 from fastdynat.data import ImageSet
 from fastdynat.evaluation import Stopped
 from fastdynat.evaluation.outcome import Measurement
-from fastdynat.runs import read_sidecar
+from fastdynat.runs import code_version, read_sidecar
 
 pytestmark = needs("matplotlib", "jinja2")
 TINY = [
@@ -83,12 +85,15 @@ def write_measurement(
     images: int = 20,
     digest: str = "0",
     eps: float = 0.1,
+    distances: Tensor | None = None,
     **key: Any,
 ) -> None:
     """A file as `fastdynat eval` leaves it."""
     robust = torch.arange(images) < correct
     labels = torch.arange(images) % 10
-    measurement = Measurement.of(attack, robust, labels, classes=10, seconds=1.0, batch_size=images)
+    measurement = Measurement.of(
+        attack, robust, labels, classes=10, seconds=1.0, batch_size=images, distances=distances
+    )
     weights = read_sidecar((run / "last").resolve() / "model.safetensors")[1]
     about = {
         "run": str(run),
@@ -403,8 +408,58 @@ def test_accuracies_of_a_row_are_of_the_same_images(bare: Path, tmp_path: Path) 
     write_measurement(bare, "pgd10", 2, images=10)  # lower, but of few images
     assert shown(bare) == (0.9, "pgd20", 0.5)
     page = report(tmp_path / "out", bare, "--no-attacks")
-    assert "left out, because they are of other images: pgd10 (10 images of digits)." in page.text
+    assert "left out, because they are of other images: pgd10 20.00 % (10 images of digits)." in page.text
     assert "20.00<small>" not in page.text
+
+
+def test_a_stronger_attack_on_fewer_images_is_said_to_be_lower(bare: Path, tmp_path: Path) -> None:
+    """90 and 50 % of 100 images are shown; 40 % of 10 are not, and their distances neither."""
+    from fastdynat.commands.report.compute import KINDS, Findings
+    from fastdynat.commands.report.page import Report, nearest_measurement
+
+    for attack, correct in (("clean", 90), ("pgd20", 50)):
+        write_measurement(bare, attack, correct, images=100)
+    for attack, correct in (("clean", 9), ("fast-autoattack", 4)):
+        write_measurement(bare, attack, correct, images=10, digest="aa" * 32)
+    search = {"norm": "linf", "eps": 0.1}
+    near = {"distances": torch.full((10,), 0.05), "search": search}
+    write_measurement(bare, "fab-min", 4, images=10, digest="aa" * 32, **near)
+    write_measurement(bare, "pgd10", 1, images=10, digest="aa" * 32, eps=0.2)  # of a larger radius
+    assert shown(bare) == (0.9, "pgd20", 0.5)
+    text = report(tmp_path / "out", bare, "--no-attacks").text
+    for said in (
+        "clean 90.00 % (10 images of digits)",
+        "fast-autoattack 40.00 % (10 images of digits)",
+        "fab-min 40.00 % (10 images of digits)",
+        "pgd10 10.00 % (10 images of digits, linf 51/255)",
+        "Lower than the worst case that is shown, 50.00 % under pgd20: fab-min, fast-autoattack.",
+        f"eval {bare} --checkpoints last --attacks fab-min,fast-autoattack --num-images 100</code>",
+        "under the strongest attack on these images at the radius",
+        "under the strongest attack on these images, at the radius",
+    ):
+        assert said in text
+    records = read_records([bare])
+    none = Report(records, Findings({kind: {} for kind in KINDS}), ReportConfig(checkpoint="last"), {})
+    assert nearest_measurement(none, records[0]) is None
+    write_measurement(bare, "fab-min", 60, images=100, distances=torch.full((100,), 0.05), search=search)
+    records = read_records([bare])
+    drawn = nearest_measurement(Report(records, none.found, ReportConfig(checkpoint="last"), {}), records[0])
+    assert drawn is not None
+    assert drawn.images == 100
+
+
+def test_the_command_of_the_note_measures_what_was_left_out(bare: Path) -> None:
+    from fastdynat.commands.report.report_tables import other_images
+
+    asked = ["--checkpoints", "last", "--quiet", "--num-images"]
+    assert main(["eval", str(bare), "--attacks", "clean,fgsm", *asked, "60"]) == 0
+    assert main(["eval", str(bare), "--attacks", "clean,pgd3,deepfool-linf5", *asked, "20"]) == 0
+    (note,) = other_images(read_records([bare]))
+    assert main([*shlex.split(note.command)[1:], "--quiet"]) == 0
+    counts = {(m.result.attack, m.result.images) for m in only_checkpoint(bare).measured}
+    assert {(name, 60) for name in ("clean", "fgsm", "pgd3", "deepfool-linf5")} <= counts
+    (note,) = other_images(read_records([bare]))
+    assert note.command == ""
 
 
 def test_images_that_are_as_many_but_others_do_not_mix(bare: Path) -> None:

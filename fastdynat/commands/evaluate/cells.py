@@ -15,7 +15,6 @@ from fastdynat.commands.evaluate.measurement_store import (
     Key,
     Store,
     as_measurement,
-    code_version,
     search_numbers,
     standing_digest,
 )
@@ -32,7 +31,7 @@ from fastdynat.evaluation.outcome import Measurement, unpack_bits
 from fastdynat.evaluation.unit_images import UnitImages
 from fastdynat.execution.fallbacks import Fallbacks
 from fastdynat.ops import image_draws
-from fastdynat.runs import check_writable
+from fastdynat.runs import check_writable, code_version
 from fastdynat.runs.atomic_files import make_folder
 from fastdynat.terminal.progress import ProgressDisplay
 from fastdynat.tuning.devices import AMP_DTYPES

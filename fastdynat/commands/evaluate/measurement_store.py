@@ -6,24 +6,20 @@ import logging
 import re
 from collections.abc import Iterator, MutableMapping
 from dataclasses import asdict, dataclass, is_dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from fastdynat import __version__
 from fastdynat.documents import DocumentError, convert, read_json
 from fastdynat.documents.numbers import Radius
 from fastdynat.evaluation.outcome import Measurement, pack_bits
-from fastdynat.runs import WriteError, package_digest
+from fastdynat.runs import WriteError
 from fastdynat.runs.atomic_files import make_folder, write_text
 
 logger = logging.getLogger(__name__)
 
 FOLDER, FORMAT = "evaluations", "fastdynat-measurement/1"
-# Parts of the package that decide what an attack finds.
-MEASURING = ("attacks", "attack_engine", "evaluation", "kernels", "models", "ops")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +35,7 @@ class Key:
         source: sha256 of the weights that a transfer attack is made on.
         standing: digest of which images are attacked (`standing_digest`); None is all.
         shard: which share of the images, "I/N".
-        version: `code_version`.
+        version: `runs.code_version`.
     """
 
     weights: str
@@ -60,12 +56,6 @@ class Key:
         left_out = ("batch_size", "draws", "source", "standing", "shard")
         parts = {k: v for k, v in asdict(self).items() if v is not None or k not in left_out}
         return json.dumps(parts, sort_keys=True)
-
-
-@cache
-def code_version() -> str:
-    """The version of this package with a digest of the code that decides what an attack finds."""
-    return f"{__version__}+{package_digest(parts=MEASURING)}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -39,7 +39,9 @@ def _accuracies(records: list[Values], console: Console) -> None:
 def _accuracy_table(records: list[Values], *, between: str) -> PlainTable:
     names = list(dict.fromkeys(a["attack"] for r in records for a in r["attacks"]))
     images = " and ".join(sorted({_images(r) for r in records}))
-    interval = "± half a 95 % interval (+ and - to its ends where they are not as far)"
+    shown = (v for r in records for v in (*r["attacks"], r["worst"], r["union"]) if v is not None)
+    lopsided = any("+" in accuracy_text(values) for values in shown)
+    interval = "± half a 95 % interval" + (", or +above/-below where its sides differ" if lopsided else "")
     table = PlainTable(title=f"accuracy in % {interval}, {images}", title_justify="left")
     for column in ("run", "method", "checkpoint", "epoch"):
         table.add_column(column, no_wrap=column != "run")

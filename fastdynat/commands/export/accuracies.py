@@ -5,8 +5,9 @@ from math import isclose
 from pathlib import Path
 from typing import Any
 
-from fastdynat.commands.evaluate.measurement_store import code_version, read_measurements
+from fastdynat.commands.evaluate.measurement_store import read_measurements
 from fastdynat.evaluation import Measurement
+from fastdynat.runs import code_version
 
 REFERENCE = "autoattack"
 ROBUST = (REFERENCE, "fast-autoattack")

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fastdynat.commands.evaluate.measurement_store import code_version
 from fastdynat.commands.report import findings
 from fastdynat.commands.report.findings import AttackedNetwork, Means
 from fastdynat.commands.report.findings_cache import Cache
@@ -17,7 +16,7 @@ from fastdynat.errors import UserError
 from fastdynat.evaluation import Stopped
 from fastdynat.evaluation.measure import exact_float32
 from fastdynat.ops import image_draws
-from fastdynat.runs import check_test_images, data_difference, load_network
+from fastdynat.runs import check_test_images, code_version, data_difference, load_network
 from fastdynat.terminal.progress import ProgressDisplay
 from fastdynat.terminal.stop_request import StopRequest
 from fastdynat.tuning.devices import pick_device

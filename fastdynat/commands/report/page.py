@@ -86,8 +86,8 @@ def trade(report: Report) -> Section:
         else []
     )
     text = (
-        "Each dot is a checkpoint under the strongest attack that it was measured with, at the radius of "
-        "evaluation; bars are 95 % intervals. Up and to the right is better. A ring is a last checkpoint "
+        "Each dot is a checkpoint under the strongest attack on these images, at the radius of evaluation; "
+        "bars are 95 % intervals. Up and to the right is better. A ring is a last checkpoint "
         "that is not the best one."
     )
     return Section("trade-off", "Clean against robust", text, panels)
@@ -150,12 +150,13 @@ def radius(report: Report) -> Section:
 
 
 def nearest_measurement(report: Report, record: Record) -> Measurement | None:
-    """The run's measurement with distances: the stored one with most images, else the report's.
+    """The run's measurement with distances: a stored one of `chosen_images`, else the report's.
 
-    Of equally many, one of the present code goes first.
+    One of the present code goes first.
     """
     checkpoint = record.checkpoint(report.config.checkpoint)
-    stored = [] if checkpoint is None else checkpoint.measured
+    chosen = set() if checkpoint is None else tables.chosen_images(checkpoint)
+    stored = [] if checkpoint is None else [m for m in checkpoint.measured if m.test_images in chosen]
     sidecar = None if checkpoint is None else checkpoint.sidecar
     own = [
         s
@@ -166,7 +167,7 @@ def nearest_measurement(report: Report, record: Record) -> Measurement | None:
         and s.result.distances is not None
     ]
     if own:
-        return max(own, key=lambda s: (s.result.images, s.current)).result
+        return max(own, key=lambda s: s.current).result
     value = report.found.of_run["nearest"].get(record.name)
     return None if value is None else Measurement(**value)
 

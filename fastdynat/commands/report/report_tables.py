@@ -91,11 +91,11 @@ def run_rows(records: Sequence[Record]) -> list[dict[str, Any]]:
 
 
 def cells(checkpoint: ReportedCheckpoint) -> dict[AccuracyColumn, Measured]:
-    """One measurement for each column; of each dataset, all are of the same images (`_chosen_images`).
+    """One measurement for each column; of each dataset, all are of the same images (`chosen_images`).
 
     Of several for one column, those of the present code go first, then the lowest.
     """
-    chosen = _chosen_images(checkpoint)
+    chosen = chosen_images(checkpoint)
     found: dict[AccuracyColumn, Measured] = {}
     for new in checkpoint.measured:
         column = AccuracyColumn.of(new)
@@ -109,7 +109,7 @@ def _merit(measured: Measured) -> tuple[bool, float]:
     return measured.current, -measured.result.accuracy
 
 
-def _chosen_images(checkpoint: ReportedCheckpoint) -> set[TestImages]:
+def chosen_images(checkpoint: ReportedCheckpoint) -> set[TestImages]:
     """The images that the report is about, a set of them for each dataset.
 
     The largest set with both clean and robust accuracy, or if there is none, with robust accuracy, or with
@@ -155,22 +155,72 @@ def clean(checkpoint: ReportedCheckpoint) -> Measurement | None:
 
 def other_images(records: Sequence[Record]) -> list[Missing]:
     """A note for each checkpoint on its measurements of other images, which the page leaves out."""
-    found = []
-    for record in records:
-        for checkpoint in record.checkpoints:
-            chosen = _chosen_images(checkpoint)
-            names = [
-                f"{m.result.attack} ({m.result.images:,} images of {m.dataset})"
-                for m in checkpoint.measured
-                if m.test_images not in chosen
-            ]
-            if names:
-                which = f"{record.name}, {' = '.join(checkpoint.names)}"
-                text = (
-                    f"{which}: left out, because they are of other images: {', '.join(dict.fromkeys(names))}."
-                )
-                found.append(Missing(text))
-    return found
+    return [
+        _other_images(record, checkpoint, left_out)
+        for record in records
+        for checkpoint in record.checkpoints
+        if (left_out := _left_out(checkpoint))
+    ]
+
+
+def _left_out(checkpoint: ReportedCheckpoint) -> list[Measured]:
+    chosen = chosen_images(checkpoint)
+    return [m for m in checkpoint.measured if m.test_images not in chosen]
+
+
+def _other_images(record: Record, checkpoint: ReportedCheckpoint, left_out: Sequence[Measured]) -> Missing:
+    """A note on what is left out and which of it is lower than what is shown, with `_measure_again`."""
+    accuracies = dict.fromkeys(_with_images(m, checkpoint) for m in left_out)
+    text = (
+        f"{record.name}, {' = '.join(checkpoint.names)}: left out, because they are of other images: "
+        f"{', '.join(accuracies)}."
+    )
+    worst = strongest(checkpoint)
+    lower = [m.result.attack for m in left_out if worst and _is_lower(m, worst[1], checkpoint)]
+    if worst and lower:
+        shown = f"{percent(worst[1].accuracy, 2)} % under {worst[0].attack}"
+        text += f" Lower than the worst case that is shown, {shown}: {', '.join(dict.fromkeys(lower))}."
+    return Missing(text, _measure_again(record, checkpoint, left_out))
+
+
+def _with_images(measured: Measured, checkpoint: ReportedCheckpoint) -> str:
+    """An accuracy with its images, and with its radius where that is not the run's."""
+    result, column = measured.result, AccuracyColumn.of(measured)
+    own = result.attack == "clean" or _in_the_ball(column, checkpoint)
+    radius = "" if own else f", {column.radius}"
+    images = f"{result.images:,} images of {measured.dataset}"
+    return f"{result.attack} {percent(result.accuracy, 2)} % ({images}{radius})"
+
+
+def _is_lower(measured: Measured, worst: Measurement, checkpoint: ReportedCheckpoint) -> bool:
+    comparable = _in_the_ball(AccuracyColumn.of(measured), checkpoint)
+    own = measured.dataset == checkpoint.sidecar.dataset
+    return comparable and own and measured.result.accuracy < worst.accuracy
+
+
+def _measure_again(record: Record, checkpoint: ReportedCheckpoint, left_out: Sequence[Measured]) -> str:
+    """The command that measures the attacks of `left_out` on the chosen images; "" where none surely does.
+
+    None does for attacks that the run's radius and name do not describe (of another radius, made on other
+    weights, or in the user's file), and for images that only their content tells from the chosen ones.
+    """
+    dataset = checkpoint.sidecar.dataset
+    count = next((images.count for images in chosen_images(checkpoint) if images.dataset == dataset), None)
+    shown = cells(checkpoint)
+    attacks = [
+        m.result.attack
+        for m in left_out
+        if m.dataset == dataset
+        and m.test_images.count != count
+        and m.source is None
+        and AccuracyColumn.of(m) not in shown
+        and ":" not in m.result.attack
+        and (m.eps is None or m.result.attack == "clean" or _in_the_ball(AccuracyColumn.of(m), checkpoint))
+    ]
+    if not attacks or count is None:
+        return ""
+    which = ("--checkpoints", checkpoint.names[0], "--attacks", ",".join(dict.fromkeys(attacks)))
+    return command("eval", record.path, *which, "--num-images", count)
 
 
 def accuracy_table(records: Sequence[Record]) -> dict[str, Any]:

@@ -6,11 +6,20 @@ from math import inf, isfinite
 from pathlib import Path
 from typing import Any
 
-from fastdynat.commands.evaluate.measurement_store import code_version, read_measurements
+from fastdynat.commands.evaluate.measurement_store import read_measurements
 from fastdynat.config import read_config_file
 from fastdynat.errors import UserError, one_line
 from fastdynat.evaluation import Measurement
-from fastdynat.runs import BEST, CONFIG, LAST, Sidecar, find_checkpoint, read_sidecar, require_run
+from fastdynat.runs import (
+    BEST,
+    CONFIG,
+    LAST,
+    Sidecar,
+    code_version,
+    find_checkpoint,
+    read_sidecar,
+    require_run,
+)
 from fastdynat.runs.layout import real
 from fastdynat.runs.metrics_rows import read_rows
 
