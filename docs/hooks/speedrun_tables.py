@@ -3,7 +3,7 @@
 from pathlib import Path
 from statistics import mean
 
-from tables import Values, commit, percent, read, table
+from tables import Values, commit, folded, percent, read, table
 
 from fastdynat.commands.speedrun.race_log import (
     baseline,
@@ -33,22 +33,22 @@ def log() -> str:
 def made() -> str:
     """The origin of every result, folded away; empty where there is none."""
     results = read_log(LOG)
-    lines = ['??? note "How these numbers were obtained"', ""] if results else []
+    lines: list[str] = []
     for name, result in results.items():
         machine = result.laps[0]["environment"]
         flags = ", ".join(machine["processor"]["flags"])
         lines += [
-            f"    `bench/records/{name}.json`: {machine['cpu']} ({flags}), {machine['threads']} threads, "
+            f"`bench/records/{name}.json`: {machine['cpu']} ({flags}), {machine['threads']} threads, "
             f"torch {machine['torch']}, {result.data}, {result.date}, {commit(result.commit)}.",
             "",
-            *(f"    Does not count: {reason}." for reason in result.reasons),
+            *(f"Does not count: {reason}." for reason in result.reasons),
             "",
-            "    ```text",
-            f"    {result.command}",
-            "    ```",
+            "```text",
+            result.command,
+            "```",
             "",
         ]
-    return "\n".join(lines)
+    return folded("How these numbers were obtained", lines)
 
 
 def predictions() -> str:

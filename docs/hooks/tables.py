@@ -38,14 +38,23 @@ def number(value: float) -> str:
 
 def made(*names: str) -> str:
     """The origin of the files called `names`, folded away."""
-    lines = ['??? note "How these numbers were obtained"', ""]
+    lines = []
     for name in names:
         values = read(name)
-        lines += [f"    `bench/results/{name}.json`: {origin(values)}.", ""]
+        lines += [f"`bench/results/{name}.json`: {origin(values)}.", ""]
         commands = [entry["command"] for entry in values.get("commands", ())] or [values.get("command")]
         if commands != [None]:
-            lines += ["    ```text", *(f"    {command}" for command in commands), "    ```", ""]
-    return "\n".join(lines)
+            lines += ["```text", *commands, "```", ""]
+    return folded("How these numbers were obtained", lines)
+
+
+def folded(title: str, lines: Iterable[str]) -> str:
+    """Lines of Markdown below a title that opens them; "" without any. The site and GitHub both fold them."""
+    lines = list(lines)
+    if not lines:
+        return ""
+    head = ['<details class="note" markdown="1">', f"<summary>{title}</summary>", ""]
+    return "\n".join([*head, *lines, "</details>"])
 
 
 def origin(values: Values) -> str:

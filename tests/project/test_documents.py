@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import needs
-from support.documents import PAGES, ROOT, blocks, hooks, name_of
+from support.documents import PAGES, ROOT, blocks, hooks, name_of, written
 
 from fastdynat.commands.bench.flops import count_step
 from fastdynat.commands.evaluate.attack_names import known_names
@@ -75,6 +75,23 @@ def test_the_pages_build_and_hold_what_is_generated(site: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("path", PAGES, ids=name_of)
+def test_the_tables_in_a_page_are_those_generated_now(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert hooks("generated").filled(text) == text, "python docs/hooks/generated.py writes them anew"
+
+
+def test_generated_text_replaces_what_stands_in_a_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    generated = hooks("generated")
+    monkeypatch.setattr(generated, "GENERATED", {"results: a": lambda: "now", "methods": lambda: "flags"})
+    bare = "x\n<!-- generated: results: a -->\ny\n<!-- generated: methods -->\nz\n"
+    full = generated.filled(bare.replace("a -->\n", f"a -->\n\nold\n\n{generated.END}\n"))
+    assert full == bare.replace("a -->\n", f"a -->\n\nnow\n\n{generated.END}\n")
+    assert generated.filled(full) == full
+    assert generated.unfilled(full) == bare
+    assert generated.built(full) == generated.built(bare) == "x\nnow\ny\nflags\nz\n"
+
+
 @needs("mkdocs", "material", "mkdocstrings")
 def test_the_pages_fetch_nothing(site: Path) -> None:
     for path in site.rglob("*.html"):
@@ -114,7 +131,7 @@ def known_flags() -> set[str]:
 
 @pytest.mark.parametrize("path", PAGES, ids=name_of)
 def test_every_flag_that_a_page_names_exists(path: Path) -> None:
-    text = path.read_text(encoding="utf-8")
+    text = written(path)
     code = [*re.findall(r"`([^`\n]+)`", text), *(block.text for block in blocks(path))]
     named = {flag for words in code for flag in re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*[a-z0-9]", words)}
     assert named - known_flags() - FOREIGN - {"--help", "--squeeze-weight"} == set()

@@ -50,13 +50,22 @@ def name_of(page: Path) -> str:
     return page.relative_to(ROOT).as_posix()
 
 
+def written(page: Path) -> str:
+    """The text of `page` without what is generated (`docs/hooks/generated.py`)."""
+    unfilled: str = hooks("generated").unfilled(page.read_text(encoding="utf-8"))
+    return unfilled
+
+
 def blocks(page: Path) -> list[Block]:
-    """Every fenced block of `page`. Raises ValueError for a comment above one that says nothing known."""
+    """Every fenced block of `page` that is not generated.
+
+    Raises ValueError for a comment above one that says nothing known.
+    """
     return list(_blocks(page))
 
 
 def _blocks(page: Path) -> Iterator[Block]:
-    lines = page.read_text(encoding="utf-8").split("\n")
+    lines = written(page).split("\n")
     i = 0
     while i < len(lines):
         opened = FENCE.match(lines[i])
