@@ -2,7 +2,7 @@
 
 import signal
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,10 @@ from fastdynat.models.own_networks import count_logits, given_network
 from fastdynat.runs import BEST, LAST, Sidecar, find_checkpoint, load_network
 from fastdynat.runs.layout import METRICS
 from fastdynat.runs.metrics_rows import read_rows
-from fastdynat.training import Diverged, Outcome, Trainer, new_run, resumed_run
+from fastdynat.training import Diverged, Outcome, Trainer, new_run, resumed_run, run_of_command
 from fastdynat.user_code import short_name
+
+AUTO = "auto"  # of resume
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,8 @@ def train(
         method: dynat (the default), trades, madry, ...; `fastdynat.methods.METHODS` lists them.
         run_dir: folder of the run; None is a new one under runs/.
         resume: run directory to continue, exactly as if it had never stopped; pass the same model and data
-            again where these were given as objects.
+            again where these were given as objects. "auto" continues the run in `run_dir` if it exists and
+            starts it otherwise.
         keys: any other key of the configuration, by the name of its flag with underscores: eps, steps,
             step_size, epochs, batch_size, lr, seed, augment, device, and the method's options. Sizes are in
             [0, 1] pixel units.
@@ -131,18 +134,18 @@ def train(
     with _named_data(data, model) as data_name, _named_model(model) as model_name:
         named = {"model": model_name, "data": data_name}
         given = {**{key: name for key, name in named.items() if name is not None}, **keys}
-        if resume is not None:
-            config = _resumed_config(Path(resume), given, method, run_dir)
-            begun = resumed_run(Path(resume), config)
+        resumes = resume is not None and resume != AUTO
+        if resumes:
+            config = _resumed_config(Path(str(resume)), given, method, run_dir)
         else:
-            name = method or "dynat"
-            values = {**given, "method": name, **({} if run_dir is None else {"run_dir": str(run_dir)})}
-            config = override(default_config(name), values, "fastdynat.train")
-            _check(config)
+            config = _new_config(given, method, run_dir)
             check_effects(config, keys)
-            begun = new_run(config)
         engine = config.engine
         with joined_world(engine.device, engine.rank_timeout):
+            if resume == AUTO:
+                begun = _begun_or_continued(config, given, method)
+            else:
+                begun = resumed_run(Path(str(resume)), config) if resumes else new_run(config)
             with begun as trainer:
                 outcome = _fit(trainer)
                 path, config = trainer.run.path, trainer.config
@@ -168,6 +171,23 @@ def _written(path: Path) -> tuple[Path | None, list[dict[str, Any]]]:
 def _check(config: TrainConfig[Any]) -> None:
     check_train_config(config)
     check_options(config.options)
+
+
+def _new_config(given: Mapping[str, Any], method: str | None, run_dir: str | Path | None) -> TrainConfig[Any]:
+    name = method or "dynat"
+    values = {**given, "method": name, **({} if run_dir is None else {"run_dir": str(run_dir)})}
+    config = override(default_config(name), values, "fastdynat.train")
+    _check(config)
+    return config
+
+
+def _begun_or_continued(
+    config: TrainConfig[Any], given: Mapping[str, Any], method: str | None
+) -> AbstractContextManager[Trainer]:
+    """The run in `config`'s directory, started where there is none."""
+    if config.run.run_dir is None or config.run.overwrite:
+        raise UserError('resume="auto" needs the run directory as run_dir, and no overwrite')
+    return run_of_command(config, {*given, *(() if method is None else ("method",))})
 
 
 @contextmanager

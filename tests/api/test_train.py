@@ -96,6 +96,23 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
         fastdynat.train(net, (images.flip(3), labels), resume=tmp_path / "run", epochs=4)
 
 
+def test_resume_auto_starts_a_run_and_then_continues_it(
+    run: tuple[nn.Module, fastdynat.TrainedRun], tmp_path: Path
+) -> None:
+    def again(**keys: Any) -> fastdynat.TrainedRun:
+        return train(own_net(), own_tensors(), tmp_path / "run", resume="auto", epochs=3, **keys)
+
+    assert len(again(stop_after=1).metrics) == 1
+    assert again().finished
+    found, whole = (r.load("last", into=own_net()).state_dict() for r in (again(), run[1]))
+    assert all(torch.equal(value, whole[name]) for name, value in found.items())
+    for keys in ({"run_dir": None}, {"overwrite": True}):
+        with pytest.raises(
+            UserError, match='resume="auto" needs the run directory as run_dir, and no overwr'
+        ):
+            train(own_net(), own_tensors(), **{"folder": tmp_path / "run", **keys, "resume": "auto"})
+
+
 def test_the_process_is_left_as_it_was(tmp_path: Path) -> None:
     net = own_net()
     torch.manual_seed(3)
