@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastdynat.caller_warnings import warn_caller
 from fastdynat.commands.parsing.effects import check_effects
 from fastdynat.config import TrainConfig, override
 from fastdynat.config.train_checks import check_train_config
+from fastdynat.config.value_ranges import size_notices
 from fastdynat.data.own_data import check_logit_count, given_data, own_parts
 from fastdynat.distributed import first_decides, joined_world
 from fastdynat.errors import UserError
@@ -122,7 +124,7 @@ def train(
             starts it otherwise.
         keys: any other key of the configuration, by the name of its flag with underscores: eps, steps,
             step_size, epochs, batch_size, lr, seed, augment, device, and the method's options. Sizes are in
-            [0, 1] pixel units.
+            [0, 1] pixel units; under linf a value above 1 is read in 8-bit levels, with a warning.
 
     Raises:
         UserError: an argument that cannot work, before anything is written.
@@ -178,6 +180,8 @@ def _new_config(given: Mapping[str, Any], method: str | None, run_dir: str | Pat
     values = {**given, "method": name, **({} if run_dir is None else {"run_dir": str(run_dir)})}
     config = override(default_config(name), values, "fastdynat.train")
     _check(config)
+    for notice in size_notices(config.attack):  # logged, too, but a script shows no log by itself
+        warn_caller(notice)
     return config
 
 

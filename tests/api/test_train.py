@@ -96,6 +96,15 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
         fastdynat.train(net, (images.flip(3), labels), resume=tmp_path / "run", epochs=4)
 
 
+def test_8_bit_levels_are_said_for_the_line_of_the_call(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="is read as") as caught:
+        trained = train("small", "digits", tmp_path / "run", epochs=1, train_size=64, val_size=20, eps=4)
+    assert trained.config.attack.eps == 4 / 255
+    (found,) = [w for w in caught if "is read as" in str(w.message)]
+    assert str(found.message) == "eps 4.0 is read as 4/255 = 0.0156863 (8-bit levels, because it is above 1)"
+    assert found.filename == __file__
+
+
 def test_resume_auto_starts_a_run_and_then_continues_it(
     run: tuple[nn.Module, fastdynat.TrainedRun], tmp_path: Path
 ) -> None:
