@@ -1,12 +1,12 @@
 """Arrays of the user as images and labels: checked, and converted to uint8 and int64 on the CPU."""
 
-import warnings
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fastdynat.caller_warnings import warn_caller
 from fastdynat.data.image_sets import CONVERT_CHUNK
 from fastdynat.errors import UserError
 
@@ -39,8 +39,8 @@ def dtype_and_shape(value: Tensor) -> str:
     return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
 
 
-def uint8_pixels(images: Tensor, name: str) -> Tensor:
-    """Images (N, C, H, W), uint8 or floats in [0, 1], as uint8 on the CPU.
+def uint8_pixels(images: Tensor, name: str) -> tuple[Tensor, float]:
+    """Images (N, C, H, W), uint8 or floats in [0, 1], as uint8 on the CPU, and the largest change.
 
     Raises:
         UserError: another type, shape or range.
@@ -58,11 +58,8 @@ def uint8_pixels(images: Tensor, name: str) -> Tensor:
     images = images.detach()
     if images.dtype == torch.uint8:
         if int(images.max()) <= 1:
-            warnings.warn(
-                f"{name}: no pixel of the uint8 images is above 1 of 255; for [0, 1] give floats",
-                stacklevel=2,
-            )
-        return images.cpu().contiguous()
+            warn_caller(f"{name}: no pixel of the uint8 images is above 1 of 255; for [0, 1] give floats")
+        return images.cpu().contiguous(), 0.0
     if not images.is_floating_point():
         raise UserError(
             f"{name}: images must be uint8 or floats in [0, 1], got {dtype_and_shape(images)}; use "
@@ -71,7 +68,16 @@ def uint8_pixels(images: Tensor, name: str) -> Tensor:
     return _rounded(images, name)
 
 
-def _rounded(images: Tensor, name: str) -> Tensor:
+def warn_of_rounding(moved: float, name: str) -> None:
+    """Warn of images whose values rounding to 8 bits has changed by up to `moved`, in [0, 1]."""
+    if 255 * moved > ROUNDING:
+        warn_caller(
+            f"{name}: images are kept with 8 bits per channel, which moves values by up to {moved:.2g}; pass "
+            "uint8 images to avoid this"
+        )
+
+
+def _rounded(images: Tensor, name: str) -> tuple[Tensor, float]:
     pixels = torch.empty(images.shape, dtype=torch.uint8)
     largest = 0.0
     for start in range(0, len(images), CONVERT_CHUNK):
@@ -85,13 +91,7 @@ def _rounded(images: Tensor, name: str) -> Tensor:
         whole = levels.round()
         largest = max(largest, float((levels - whole).abs().max()))
         pixels[start : start + CONVERT_CHUNK] = whole.to(torch.uint8)
-    if largest > ROUNDING:
-        warnings.warn(
-            f"{name}: images are kept with 8 bits per channel, which moves values by up to "
-            f"{largest / 255:.2g}",
-            stacklevel=2,
-        )
-    return pixels
+    return pixels, largest / 255
 
 
 def _remedy(low: float, high: float) -> str:

@@ -106,6 +106,19 @@ def test_parts_and_their_use() -> None:
 def test_rounding_to_8_bits_is_said() -> None:
     with pytest.warns(UserWarning, match="kept with 8 bits per channel, which moves values by up to 0.002"):
         own_parts((torch.rand(12, 3, 4, 5), LABELS), "data")
+    rounded = torch.rand(12, 3, 4, 5)
+    parts = {
+        "train": (images().float() / 255, LABELS),
+        "val": (rounded, LABELS),
+        "test": (rounded / 2, LABELS),
+    }
+    with pytest.warns(UserWarning, match="8 bits") as caught:
+        own_parts(parts, "data")
+    (found,) = caught
+    assert str(found.message).endswith("; pass uint8 images to avoid this")
+    assert found.filename == __file__
+    moved = max((255 * x - (255 * x).round()).abs().max().item() / 255 for x in (rounded, rounded / 2))
+    assert f"moves values by up to {moved:.2g};" in str(found.message)
 
 
 class Sizes:
