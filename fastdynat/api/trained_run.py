@@ -25,6 +25,7 @@ from fastdynat.models.own_networks import count_logits, given_network
 from fastdynat.runs import BEST, LAST, Sidecar, find_checkpoint, load_network
 from fastdynat.runs.layout import METRICS
 from fastdynat.runs.metrics_rows import read_rows
+from fastdynat.runs.rundir import OccupiedError
 from fastdynat.training import Diverged, Outcome, Trainer, new_run, resumed_run, run_of_command
 from fastdynat.user_code import short_name
 
@@ -148,7 +149,7 @@ def train(
                 begun = _begun_or_continued(config, given, method)
             else:
                 begun = resumed_run(Path(str(resume)), config) if resumes else new_run(config)
-            with begun as trainer:
+            with _remedies_in_python(), begun as trainer:
                 outcome = _fit(trainer)
                 path, config = trainer.run.path, trainer.config
             # Rank 0 has written everything now; without its word another rank may find the checkpoint before.
@@ -192,6 +193,17 @@ def _begun_or_continued(
     if config.run.run_dir is None or config.run.overwrite:
         raise UserError('resume="auto" needs the run directory as run_dir, and no overwrite')
     return run_of_command(config, {*given, *(() if method is None else ("method",))})
+
+
+@contextmanager
+def _remedies_in_python() -> Iterator[None]:
+    try:
+        yield
+    except OccupiedError as error:
+        raise UserError(
+            f"{error.path} already holds a run: continue it with resume={str(error.path)!r}, or replace it "
+            "with overwrite=True"
+        ) from None
 
 
 @contextmanager

@@ -198,8 +198,9 @@ def _image_set(part: Any, name: str) -> tuple[ImageSet, float]:
         )
     else:
         raise UserError(f"{name} is a {type(part).__name__}, not data; {FORMS}")
-    pixels, moved = uint8_pixels(images, name)
-    return ImageSet(pixels, class_labels(labels, len(images), name)), moved
+    numpy = [_is_pair(part) and isinstance(part[side], np.ndarray) for side in range(2)]
+    pixels, moved = uint8_pixels(images, name, numpy=numpy[0])
+    return ImageSet(pixels, class_labels(labels, len(images), name, numpy=numpy[1])), moved
 
 
 def _read_dataset(data: Any, name: str) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,7 @@
 """fastdynat.train: a network and data of the user, in Python."""
 
 import random
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -187,6 +188,16 @@ REFUSED = {
         "no parameter with requires_grad",
     ),
     "unknown key": (lambda: own_net(), {"epsilon": 0.1}, "unknown key 'epsilon': did you mean 'eps'"),
+    "group in front": (
+        lambda: own_net(),
+        {"attack_steps": 3},
+        r"^fastdynat.train: unknown key 'attack_steps': did you mean 'steps'\?$",
+    ),
+    "no near key": (
+        lambda: own_net(),
+        {"xyzzy": 3},
+        "unknown key 'xyzzy': known: .*, step_size, .*, workers",
+    ),
     "wrong value": (lambda: own_net(), {"epochs": "ten"}, "epochs must be int or nothing, got 'ten'"),
     "no module": (lambda: own_net, {}, "model must be a torch.nn.Module or a name, got a function"),
     "few logits": (
@@ -215,6 +226,17 @@ def test_what_cannot_work_is_refused_before_anything_is_written(case: str, tmp_p
         train(make(), own_tensors(), tmp_path / "run", **{"epochs": 1, **keys})
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_the_remedies_for_an_occupied_folder_are_keywords(
+    run: tuple[nn.Module, fastdynat.TrainedRun],
+) -> None:
+    folder = str(run[1].run_dir)
+    told = (
+        f"{folder} already holds a run: continue it with resume={folder!r}, or replace it with overwrite=True"
+    )
+    with pytest.raises(UserError, match=f"^{re.escape(told)}$"):
+        train(own_net(), own_tensors(), run[1].run_dir, epochs=1)
 
 
 def test_the_callers_gradient_mode_does_not_matter(tmp_path: Path) -> None:
