@@ -80,6 +80,19 @@ __all__ = [
     "units",
 ]
 
+# Other classes of torchattacks: the arguments of `evaluate` that run their algorithm.
+_LINF = "eps=8 / 255"
+_L2 = 'norm="l2", eps=0.5'
+_IN_EVALUATE = {
+    "APGD": ("apgd-ce", _LINF),
+    "APGDT": ("apgd-t", _LINF),
+    "CW": ("cwl2", _L2),
+    "DeepFool": ("deepfool", _L2),
+    "FAB": ("fab", _LINF),
+    "MIFGSM": ("mim", _LINF),
+    "Square": ("square", _LINF),
+}
+
 logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 
@@ -87,7 +100,12 @@ def __getattr__(name: str) -> Any:
     import importlib
 
     if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        instead = ""
+        if name in _IN_EVALUATE:
+            attack, size = _IN_EVALUATE[name]
+            call = f'fastdynat.evaluate(model, (images, labels), "{attack}", {size})'
+            instead = f"; for torchattacks' {name} use {call}"
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}{instead}")
     if name not in _ORIGIN:
         return importlib.import_module(f"fastdynat.{name}")
     value = globals()[name] = getattr(importlib.import_module(f"fastdynat.{_ORIGIN[name]}"), name)

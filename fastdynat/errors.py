@@ -17,15 +17,23 @@ class ToldElsewhere(UserError):
     """Bad input that another process of the same world reports: this one ends as silently as it can."""
 
 
-def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:
+def unknown_name(kind: str, name: str, known: Iterable[str], *, brief: bool = False) -> UserError:
     """The error for a name that is not in `known`; suggests the nearest names.
+
+    Args:
+        brief: list the known names only where none is near.
 
     >>> str(unknown_name("model", "resnet81", ["resnet18", "small"]))
     "unknown model 'resnet81': did you mean 'resnet18'? known: resnet18, small"
+    >>> str(unknown_name("key", "attack_steps", ["attack_bn", "steps"], brief=True))
+    "unknown key 'attack_steps': did you mean 'steps'?"
     """
-    known = sorted(known)
-    near = difflib.get_close_matches(name[:LONGEST].lower(), known, n=3, cutoff=0.5)
+    known, wanted = sorted(known), name[:LONGEST].lower()
+    ends = [text for text in known if wanted.endswith(f"_{text}")]  # as of a group's name in front
+    near = ends or difflib.get_close_matches(wanted, known, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
+    if hint and brief:
+        return UserError(f"unknown {kind} {shown(name)}: {hint.rstrip()}")
     return UserError(f"unknown {kind} {shown(name)}: {hint}known: {', '.join(known)}")
 
 
@@ -59,7 +67,7 @@ def shown(text: str) -> str:
 def first_line(error: BaseException) -> str:
     """The first line of `error`'s message, at most 160 characters, or the name of its type if it has none.
 
-    >>> first_line(ValueError("no\nway")), first_line(ValueError())
+    >>> first_line(ValueError("no\\nway")), first_line(ValueError())
     ('no', 'ValueError')
     """
     return (str(error).splitlines() or [type(error).__name__])[0][:160]

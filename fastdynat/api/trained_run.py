@@ -2,7 +2,7 @@
 
 import signal
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastdynat.caller_warnings import warn_caller
 from fastdynat.commands.parsing.effects import check_effects
 from fastdynat.config import TrainConfig, override
 from fastdynat.config.train_checks import check_train_config
+from fastdynat.config.value_ranges import size_notices
 from fastdynat.data.own_data import check_logit_count, given_data, own_parts
 from fastdynat.distributed import first_decides, joined_world
 from fastdynat.errors import UserError
@@ -23,8 +25,11 @@ from fastdynat.models.own_networks import count_logits, given_network
 from fastdynat.runs import BEST, LAST, Sidecar, find_checkpoint, load_network
 from fastdynat.runs.layout import METRICS
 from fastdynat.runs.metrics_rows import read_rows
-from fastdynat.training import Diverged, Outcome, Trainer, new_run, resumed_run
+from fastdynat.runs.rundir import OccupiedError
+from fastdynat.training import Diverged, Outcome, Trainer, new_run, resumed_run, run_of_command
 from fastdynat.user_code import short_name
+
+AUTO = "auto"  # of resume
 
 
 @dataclass(frozen=True)
@@ -116,10 +121,11 @@ def train(
         method: dynat (the default), trades, madry, ...; `fastdynat.methods.METHODS` lists them.
         run_dir: folder of the run; None is a new one under runs/.
         resume: run directory to continue, exactly as if it had never stopped; pass the same model and data
-            again where these were given as objects.
+            again where these were given as objects. "auto" continues the run in `run_dir` if it exists and
+            starts it otherwise.
         keys: any other key of the configuration, by the name of its flag with underscores: eps, steps,
             step_size, epochs, batch_size, lr, seed, augment, device, and the method's options. Sizes are in
-            [0, 1] pixel units.
+            [0, 1] pixel units; under linf a value above 1 is read in 8-bit levels, with a warning.
 
     Raises:
         UserError: an argument that cannot work, before anything is written.
@@ -131,19 +137,19 @@ def train(
     with _named_data(data, model) as data_name, _named_model(model) as model_name:
         named = {"model": model_name, "data": data_name}
         given = {**{key: name for key, name in named.items() if name is not None}, **keys}
-        if resume is not None:
-            config = _resumed_config(Path(resume), given, method, run_dir)
-            begun = resumed_run(Path(resume), config)
+        resumes = resume is not None and resume != AUTO
+        if resumes:
+            config = _resumed_config(Path(str(resume)), given, method, run_dir)
         else:
-            name = method or "dynat"
-            values = {**given, "method": name, **({} if run_dir is None else {"run_dir": str(run_dir)})}
-            config = override(default_config(name), values, "fastdynat.train")
-            _check(config)
+            config = _new_config(given, method, run_dir)
             check_effects(config, keys)
-            begun = new_run(config)
         engine = config.engine
         with joined_world(engine.device, engine.rank_timeout):
-            with begun as trainer:
+            if resume == AUTO:
+                begun = _begun_or_continued(config, given, method)
+            else:
+                begun = resumed_run(Path(str(resume)), config) if resumes else new_run(config)
+            with _remedies_in_python(), begun as trainer:
                 outcome = _fit(trainer)
                 path, config = trainer.run.path, trainer.config
             # Rank 0 has written everything now; without its word another rank may find the checkpoint before.
@@ -168,6 +174,36 @@ def _written(path: Path) -> tuple[Path | None, list[dict[str, Any]]]:
 def _check(config: TrainConfig[Any]) -> None:
     check_train_config(config)
     check_options(config.options)
+
+
+def _new_config(given: Mapping[str, Any], method: str | None, run_dir: str | Path | None) -> TrainConfig[Any]:
+    name = method or "dynat"
+    values = {**given, "method": name, **({} if run_dir is None else {"run_dir": str(run_dir)})}
+    config = override(default_config(name), values, "fastdynat.train")
+    _check(config)
+    for notice in size_notices(config.attack):  # logged, too, but a script shows no log by itself
+        warn_caller(notice)
+    return config
+
+
+def _begun_or_continued(
+    config: TrainConfig[Any], given: Mapping[str, Any], method: str | None
+) -> AbstractContextManager[Trainer]:
+    """The run in `config`'s directory, started where there is none."""
+    if config.run.run_dir is None or config.run.overwrite:
+        raise UserError('resume="auto" needs the run directory as run_dir, and no overwrite')
+    return run_of_command(config, {*given, *(() if method is None else ("method",))})
+
+
+@contextmanager
+def _remedies_in_python() -> Iterator[None]:
+    try:
+        yield
+    except OccupiedError as error:
+        raise UserError(
+            f"{error.path} already holds a run: continue it with resume={str(error.path)!r}, or replace it "
+            "with overwrite=True"
+        ) from None
 
 
 @contextmanager

@@ -29,7 +29,8 @@ class AttackConfig:
     """Radii for --norms, in the same order, such as 8/255,0.5,12. auto is --eps for the first norm and the
     usual radius for each of the others."""
     eps: float | str = "auto"
-    """Radius in training; auto is the dataset's (for colour images 0.031, under l2 0.5, under l1 12)."""
+    """Radius in training, in [0, 1] pixel units; under linf, values above 1 are 8-bit levels (8 is read as
+    8/255). auto is the dataset's (for colour images 0.031, under l2 0.5, under l1 12)."""
     step_size: float | str = "auto"
     """Step size of the attack. With --norms it applies to the first norm; under the others it scales with the
     radius. auto is the method's: eps / 4 (0.007 for the published eps of 0.031), more for single-step
@@ -75,3 +76,10 @@ def norms_of(attack: AttackConfig) -> tuple[str, ...]:
     if attack.norms is None:
         return (attack.norm,)
     return tuple(name.strip() for name in attack.norms.split(","))
+
+
+def given_radii(attack: AttackConfig) -> list[str]:
+    """The radius of each of `norms_of` in `norm_eps`; "auto" for what was not given."""
+    if attack.norm_eps == "auto":
+        return ["auto"] * len(norms_of(attack))
+    return [radius.strip() for radius in attack.norm_eps.split(",")]

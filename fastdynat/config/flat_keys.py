@@ -44,7 +44,7 @@ def override(config: TrainConfig[Any], values: Mapping[str, Any], origin: str) -
         if not isinstance(key, str):
             raise UserError(f"{origin}: a key must be a name, got {short_repr(key)}")
         if key not in known:
-            raise UserError(f"{origin}: {unknown_name('key', str(key), known)}")
+            raise UserError(f"{origin}: {unknown_name('key', str(key), known, brief=True)}")
     parts = {}
     for name, part in _parts(config):
         hints = typing.get_type_hints(type(part))

@@ -9,6 +9,7 @@ import re
 from dataclasses import dataclass, fields
 from typing import Any
 
+from fastdynat.config.attack_config import AttackConfig, given_radii, norms_of
 from fastdynat.documents import short_repr
 from fastdynat.errors import UserError
 from fastdynat.units import parse_size
@@ -199,3 +200,13 @@ def check_radii(part: Any, norm: str) -> None:
         if value != "auto":
             limit = 1.0 if norm == "linf" else L2_LIMIT
             parse_size(value, key, norm="l2" if norm == "auto" else norm, limit=limit)
+
+
+def size_notices(attack: AttackConfig) -> list[str]:
+    """A sentence for each radius or step of `attack` that is read otherwise than it is written, as eps 8."""
+    norm, *others = norms_of(attack)
+    sizes = [(key, getattr(attack, key), norm) for key in RADII]
+    radii = zip((norm, *others), given_radii(attack), strict=True)
+    sizes += [(f"norm_eps ({name})", radius, name) for name, radius in radii]
+    found = (parse_size(size, key, norm=n, limit=math.inf) for key, size, n in sizes if size != "auto")
+    return [size.notice for size in found if size.notice is not None]

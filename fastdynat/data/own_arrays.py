@@ -1,12 +1,12 @@
 """Arrays of the user as images and labels: checked, and converted to uint8 and int64 on the CPU."""
 
-import warnings
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fastdynat.caller_warnings import warn_caller
 from fastdynat.data.image_sets import CONVERT_CHUNK
 from fastdynat.errors import UserError
 
@@ -39,8 +39,11 @@ def dtype_and_shape(value: Tensor) -> str:
     return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
 
 
-def uint8_pixels(images: Tensor, name: str) -> Tensor:
-    """Images (N, C, H, W), uint8 or floats in [0, 1], as uint8 on the CPU.
+def uint8_pixels(images: Tensor, name: str, *, numpy: bool = False) -> tuple[Tensor, float]:
+    """Images (N, C, H, W), uint8 or floats in [0, 1], as uint8 on the CPU, and the largest change.
+
+    Args:
+        numpy: the user gave an array, which decides how remedies are written.
 
     Raises:
         UserError: another type, shape or range.
@@ -52,26 +55,32 @@ def uint8_pixels(images: Tensor, name: str) -> Tensor:
         raise UserError(f"{name} has no images")
     if images.shape[1] > 4 and images.shape[-1] <= 4:
         raise UserError(
-            f"{name}: images are {tuple(images.shape)}, channels last; give (N, C, H, W): images.permute(0, "
-            f"3, 1, 2)"
+            f"{name}: images are {tuple(images.shape)}, channels last; give (N, C, H, W): "
+            f"images.{'transpose' if numpy else 'permute'}(0, 3, 1, 2)"
         )
     images = images.detach()
     if images.dtype == torch.uint8:
         if int(images.max()) <= 1:
-            warnings.warn(
-                f"{name}: no pixel of the uint8 images is above 1 of 255; for [0, 1] give floats",
-                stacklevel=2,
-            )
-        return images.cpu().contiguous()
+            warn_caller(f"{name}: no pixel of the uint8 images is above 1 of 255; for [0, 1] give floats")
+        return images.cpu().contiguous(), 0.0
     if not images.is_floating_point():
         raise UserError(
             f"{name}: images must be uint8 or floats in [0, 1], got {dtype_and_shape(images)}; use "
-            f"images.to(torch.uint8)"
+            + ('images.astype("uint8")' if numpy else "images.to(torch.uint8)")
         )
-    return _rounded(images, name)
+    return _rounded(images, name, "images.clip(0, 1)" if numpy else "images.clamp(0, 1)")
 
 
-def _rounded(images: Tensor, name: str) -> Tensor:
+def warn_of_rounding(moved: float, name: str) -> None:
+    """Warn of images whose values rounding to 8 bits has changed by up to `moved`, in [0, 1]."""
+    if 255 * moved > ROUNDING:
+        warn_caller(
+            f"{name}: images are kept with 8 bits per channel, which moves values by up to {moved:.2g}; pass "
+            "uint8 images to avoid this"
+        )
+
+
+def _rounded(images: Tensor, name: str, clamped: str) -> tuple[Tensor, float]:
     pixels = torch.empty(images.shape, dtype=torch.uint8)
     largest = 0.0
     for start in range(0, len(images), CONVERT_CHUNK):
@@ -79,43 +88,42 @@ def _rounded(images: Tensor, name: str) -> Tensor:
         low, high = float(chunk.min()), float(chunk.max())
         if not (low >= 0 and high <= 1):  # NaN neither
             raise UserError(
-                f"{name}: float images must be in [0, 1], got [{low:.8g}, {high:.8g}]; {_remedy(low, high)}"
+                f"{name}: float images must be in [0, 1], got [{low:.8g}, {high:.8g}]; "
+                f"{_remedy(low, high, clamped)}"
             )
         levels = 255 * chunk
         whole = levels.round()
         largest = max(largest, float((levels - whole).abs().max()))
         pixels[start : start + CONVERT_CHUNK] = whole.to(torch.uint8)
-    if largest > ROUNDING:
-        warnings.warn(
-            f"{name}: images are kept with 8 bits per channel, which moves values by up to "
-            f"{largest / 255:.2g}",
-            stacklevel=2,
-        )
-    return pixels
+    return pixels, largest / 255
 
 
-def _remedy(low: float, high: float) -> str:
+def _remedy(low: float, high: float, clamped: str) -> str:
     if low >= -OVERSHOOT and high <= 1 + OVERSHOOT:
-        return "use images.clamp(0, 1)"
+        return f"use {clamped}"
     if low >= 0 and high <= 255:
         return "divide by 255"
     return "put the normalisation into the network"
 
 
-def class_labels(labels: Tensor, images: int, name: str) -> Tensor:
+def class_labels(labels: Tensor, images: int, name: str, *, numpy: bool = False) -> Tensor:
     """Labels (N,) of `images` images as int64 on the CPU.
+
+    Args:
+        numpy: see `uint8_pixels`.
 
     Raises:
         UserError: another type, shape or number of labels.
     """
-    if labels.dtype == torch.bool or labels.is_floating_point() or labels.is_complex():
-        raise UserError(
-            f"{name}: labels must be whole numbers (N,), got {dtype_and_shape(labels)}; use labels.long()"
-        )
+    whole = not (labels.dtype == torch.bool or labels.is_floating_point() or labels.is_complex())
+    convert = "" if whole else '.astype("int64")' if numpy else ".long()"
+    problem = f"{name}: labels must be whole numbers (N,), got {dtype_and_shape(labels)}"
     if labels.ndim != 1:
         column = labels.ndim == 2 and labels.shape[1] == 1  # whose argmax is 0 everywhere
-        remedy = "use labels.squeeze(1)" if column else "of one-hot rows use labels.argmax(1)"
-        raise UserError(f"{name}: labels must be (N,), got {dtype_and_shape(labels)}; {remedy}")
+        remedy = f"use labels.squeeze(1){convert}" if column else "of one-hot rows use labels.argmax(1)"
+        raise UserError(f"{problem}; {remedy}")
+    if not whole:
+        raise UserError(f"{problem}; use labels{convert}")
     if len(labels) != images:
         raise UserError(f"{name}: {images} images but {len(labels)} labels; give one label per image")
     return labels.detach().cpu().to(torch.int64)

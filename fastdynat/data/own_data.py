@@ -15,7 +15,13 @@ import torch
 from torch import Tensor
 
 from fastdynat.data.image_sets import CONVERT_CHUNK, DatasetInfo, ImageSet, channel_stats
-from fastdynat.data.own_arrays import class_labels, dense_tensor, dtype_and_shape, uint8_pixels
+from fastdynat.data.own_arrays import (
+    class_labels,
+    dense_tensor,
+    dtype_and_shape,
+    uint8_pixels,
+    warn_of_rounding,
+)
 from fastdynat.data.read_ahead import set_digest
 from fastdynat.errors import UserError, shown
 from fastdynat.machine.free_memory import check_room
@@ -113,7 +119,9 @@ def own_parts(data: object, name: str) -> OwnData:
     declared = raw.pop("classes", None)
     raw = {part: value for part, value in raw.items() if value is not None}
     called = {part: f"{name} ({part})" if len(raw) > 1 else name for part in raw}
-    parts = {part: _image_set(value, called[part]) for part, value in raw.items()}
+    converted = {part: _image_set(value, called[part]) for part, value in raw.items()}
+    parts = {part: images for part, (images, _) in converted.items()}
+    warn_of_rounding(max(moved for _, moved in converted.values()), name)
     shapes = {part: tuple(images.images.shape[1:]) for part, images in parts.items()}
     for part, shape in shapes.items():
         if shape != shapes["train"]:
@@ -174,7 +182,8 @@ def _is_pair(data: object) -> bool:
     return isinstance(data, tuple | list) and len(data) == 2 and all(_is_array(part) for part in data)
 
 
-def _image_set(part: Any, name: str) -> ImageSet:
+def _image_set(part: Any, name: str) -> tuple[ImageSet, float]:
+    """`part` as images and labels, and the largest change of a value in [0, 1] by rounding to 8 bits."""
     if _is_pair(part):
         images, labels = (dense_tensor(side, name) for side in part)
     elif hasattr(part, "__getitem__") and hasattr(part, "__len__") and not isinstance(part, NOT_DATA):
@@ -189,7 +198,9 @@ def _image_set(part: Any, name: str) -> ImageSet:
         )
     else:
         raise UserError(f"{name} is a {type(part).__name__}, not data; {FORMS}")
-    return ImageSet(uint8_pixels(images, name), class_labels(labels, len(images), name))
+    numpy = [_is_pair(part) and isinstance(part[side], np.ndarray) for side in range(2)]
+    pixels, moved = uint8_pixels(images, name, numpy=numpy[0])
+    return ImageSet(pixels, class_labels(labels, len(images), name, numpy=numpy[1])), moved
 
 
 def _read_dataset(data: Any, name: str) -> tuple[Tensor, Tensor]:

@@ -121,6 +121,24 @@ class AutoAttack:
         """The names of the stages."""
         return [stage.name for stage in self.stages]
 
+    def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Attack every image, as torchattacks' AutoAttack does; returns the adversarial images.
+
+        The same as ``run_standard_evaluation(images, labels)``, in batches of 250 images.
+
+        Args:
+            images: (N, C, H, W), in [0, 1] up to rounding, float32 or float64 like the model.
+            labels: (N,) integer classes.
+
+        Returns:
+            (N, C, H, W), detached, on the device of `images`, the image itself where it is robust.
+
+        Raises:
+            UserError: see `run_standard_evaluation`.
+        """
+        x_adv: Tensor = self.run_standard_evaluation(images, labels)
+        return x_adv
+
     def run_standard_evaluation(
         self,
         x: Tensor,

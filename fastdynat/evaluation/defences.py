@@ -1,6 +1,5 @@
 """Warnings of an unreliable AutoAttack evaluation, each with a remedy."""
 
-import warnings
 from collections.abc import Callable, Mapping
 
 import torch
@@ -8,6 +7,7 @@ from torch import Tensor
 
 from fastdynat.attack_engine.goal import wide
 from fastdynat.attack_engine.zero_gradients import zero_gradient_message
+from fastdynat.caller_warnings import warn_caller
 from fastdynat.errors import UserError
 from fastdynat.evaluation.measure import model_logits
 from fastdynat.models.logits import NO_CLASS
@@ -87,4 +87,4 @@ def warn_resumed(images: int, robust: float) -> None:
 
 def warn(text: str) -> None:
     """Issue a UserWarning."""
-    warnings.warn(text, stacklevel=3)
+    warn_caller(text)

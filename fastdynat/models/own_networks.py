@@ -4,7 +4,6 @@ Such a network takes images in [0, 1] as they are; nothing is put in front of it
 """
 
 import copy
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -12,6 +11,7 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor, nn
 
+from fastdynat.caller_warnings import warn_caller
 from fastdynat.errors import UserError, first_line
 from fastdynat.models.finite import check_finite
 from fastdynat.models.logits import own_dtype
@@ -101,7 +101,7 @@ def own_network(
         )
     suspicion = check_network_output(model, short_name(name), num_classes, image_shape)
     if suspicion:
-        warnings.warn(f"{short_name(name)}: {suspicion}", stacklevel=2)
+        warn_caller(f"{short_name(name)}: {suspicion}")
     if given is not None:
         _check_independent(model, given, image_shape)
     return model

@@ -83,6 +83,16 @@ def release_name(path: Path) -> None:
         pass
 
 
+class OccupiedError(UserError):
+    """The folder `path` of a new run holds one already."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(
+            f"{path} already holds a run: continue it with --resume {path}, or replace it with --overwrite"
+        )
+        self.path = path
+
+
 def check_new(path: Path, *, overwrite: bool) -> None:
     """Refuse a folder that a new run must not use, before any work is done and without changing anything.
 
@@ -113,15 +123,13 @@ def _is_there(path: Path) -> bool:
 
 
 def refuse_occupied(path: Path, *, overwrite: bool) -> None:
-    """Raise UserError if `path` holds a run (unless `overwrite`) or anything else."""
+    """Raise UserError if `path` holds a run (OccupiedError, unless `overwrite`) or anything else."""
     if not path.is_dir() or all(_is_leftover(p.name) for p in path.iterdir()):
         return
     if not looks_like_run(path):
         raise UserError(f"{path} is not empty and holds no run; choose another --run-dir")
     if not overwrite:
-        raise UserError(
-            f"{path} already holds a run: continue it with --resume {path}, or replace it with --overwrite"
-        )
+        raise OccupiedError(path)
     refuse_kinds(path, links_go=True)
 
 

@@ -6,7 +6,8 @@ from typing import Any
 
 from fastdynat.attack_engine.steps import diameter
 from fastdynat.config import AttackConfig
-from fastdynat.config.attack_config import norms_of
+from fastdynat.config.attack_config import given_radii, norms_of
+from fastdynat.config.value_ranges import size_notices
 from fastdynat.data import DatasetInfo
 from fastdynat.errors import UserError
 from fastdynat.methods import AttackDefaults, Method
@@ -32,23 +33,18 @@ def resolved_attack(
     Raises:
         UserError: a size that is no radius of this image space, or an attack that the method cannot run.
     """
-    norms = norms_of(attack)
-    norm, given = norms[0], ["auto"] * len(norms)
-    if attack.norm_eps != "auto":
-        given = attack.norm_eps.split(",")
+    norms, given = norms_of(attack), given_radii(attack)
+    norm = norms[0]
 
     def size(what: str, value: float | str, automatic: float, norm: str = norm) -> float:
         if value == "auto":
             return automatic
-        parsed = parse_size(value, what, norm=norm, limit=diameter(norm, info.image_shape))
-        if parsed.notice:
-            notes.append(parsed.notice)
-        return parsed.value
+        return parse_size(value, what, norm=norm, limit=diameter(norm, info.image_shape)).value
 
+    notes += size_notices(attack)
     usual = EPS_OF_DATA.get(info.name, USUAL_EPS)
     radii = [
-        size(f"norm_eps ({name})", eps.strip(), usual[name], name)
-        for name, eps in zip(norms, given, strict=True)
+        size(f"norm_eps ({name})", eps, usual[name], name) for name, eps in zip(norms, given, strict=True)
     ]
     eps = size("eps", attack.eps, radii[0])
     if attack.norm_eps != "auto" and eps != radii[0]:

@@ -1,6 +1,7 @@
 """fastdynat.train: a network and data of the user, in Python."""
 
 import random
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,32 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
         fastdynat.train(net, (images.flip(3), labels), resume=tmp_path / "run", epochs=4)
 
 
+def test_8_bit_levels_are_said_for_the_line_of_the_call(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="is read as") as caught:
+        trained = train("small", "digits", tmp_path / "run", epochs=1, train_size=64, val_size=20, eps=4)
+    assert trained.config.attack.eps == 4 / 255
+    (found,) = [w for w in caught if "is read as" in str(w.message)]
+    assert str(found.message) == "eps 4.0 is read as 4/255 = 0.0156863 (8-bit levels, because it is above 1)"
+    assert found.filename == __file__
+
+
+def test_resume_auto_starts_a_run_and_then_continues_it(
+    run: tuple[nn.Module, fastdynat.TrainedRun], tmp_path: Path
+) -> None:
+    def again(**keys: Any) -> fastdynat.TrainedRun:
+        return train(own_net(), own_tensors(), tmp_path / "run", resume="auto", epochs=3, **keys)
+
+    assert len(again(stop_after=1).metrics) == 1
+    assert again().finished
+    found, whole = (r.load("last", into=own_net()).state_dict() for r in (again(), run[1]))
+    assert all(torch.equal(value, whole[name]) for name, value in found.items())
+    for keys in ({"run_dir": None}, {"overwrite": True}):
+        with pytest.raises(
+            UserError, match='resume="auto" needs the run directory as run_dir, and no overwr'
+        ):
+            train(own_net(), own_tensors(), **{"folder": tmp_path / "run", **keys, "resume": "auto"})
+
+
 def test_the_process_is_left_as_it_was(tmp_path: Path) -> None:
     net = own_net()
     torch.manual_seed(3)
@@ -161,6 +188,16 @@ REFUSED = {
         "no parameter with requires_grad",
     ),
     "unknown key": (lambda: own_net(), {"epsilon": 0.1}, "unknown key 'epsilon': did you mean 'eps'"),
+    "group in front": (
+        lambda: own_net(),
+        {"attack_steps": 3},
+        r"^fastdynat.train: unknown key 'attack_steps': did you mean 'steps'\?$",
+    ),
+    "no near key": (
+        lambda: own_net(),
+        {"xyzzy": 3},
+        "unknown key 'xyzzy': known: .*, step_size, .*, workers",
+    ),
     "wrong value": (lambda: own_net(), {"epochs": "ten"}, "epochs must be int or nothing, got 'ten'"),
     "no module": (lambda: own_net, {}, "model must be a torch.nn.Module or a name, got a function"),
     "few logits": (
@@ -189,6 +226,17 @@ def test_what_cannot_work_is_refused_before_anything_is_written(case: str, tmp_p
         train(make(), own_tensors(), tmp_path / "run", **{"epochs": 1, **keys})
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_the_remedies_for_an_occupied_folder_are_keywords(
+    run: tuple[nn.Module, fastdynat.TrainedRun],
+) -> None:
+    folder = str(run[1].run_dir)
+    told = (
+        f"{folder} already holds a run: continue it with resume={folder!r}, or replace it with overwrite=True"
+    )
+    with pytest.raises(UserError, match=f"^{re.escape(told)}$"):
+        train(own_net(), own_tensors(), run[1].run_dir, epochs=1)
 
 
 def test_the_callers_gradient_mode_does_not_matter(tmp_path: Path) -> None:

@@ -91,6 +91,15 @@ def test_stages_may_be_changed(task: tuple[nn.Module, Tensor, Tensor]) -> None:
     assert torch.equal(both.run_standard_evaluation(x, y, 7), one.run_standard_evaluation(x, y, 7))
 
 
+def test_it_can_be_called_as_torchattacks_class(task: tuple[nn.Module, Tensor, Tensor]) -> None:
+    model, x, y = task
+    found = evaluator(model)(x, y)
+    assert torch.equal(found, evaluator(model).run_standard_evaluation(x, y))
+    broken, wrong = (int((model(images).argmax(1) != y).sum()) for images in (found, x))
+    assert broken > wrong
+    assert float((found - x.clamp(0, 1)).abs().max()) <= EPS + 1e-6
+
+
 class Killed(Exception):
     pass
 

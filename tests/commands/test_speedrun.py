@@ -1,5 +1,6 @@
 """`fastdynat speedrun`: the clock, the rules, the order of laps, and what a stopped race keeps."""
 
+import io
 import json
 import os
 import re
@@ -15,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from conftest import needs
 from PIL import Image
+from rich.console import Console
 from safetensors.torch import load_file
 
 from fastdynat import freed_memory
@@ -36,6 +38,7 @@ from fastdynat.commands.speedrun.record_definition import (
     newest_definition,
     read_definition,
 )
+from fastdynat.commands.speedrun.shown_log import show_log
 from fastdynat.errors import UserError
 from fastdynat.models import build_model
 from fastdynat.terminal.consoles import error_console
@@ -841,6 +844,38 @@ def test_the_log_lists_records_with_their_speed_up(
     assert main(["speedrun", "--list", "--log", str(tmp_path)]) == 0
     said = capsys.readouterr().out
     assert all(name in said for name in (*at, "gpu1-fgsm-rs"))
+
+
+def test_the_printed_log_fits_100_columns_and_explains_itself(tmp_path: Path) -> None:
+    store(tmp_path, "base", 1000.0, loop="plain", lap={"gap": 0.05})
+    store(tmp_path, "cpu2-sixteen-char", 20.0, target=0.305)
+    store(tmp_path, "elsewhere", 5.0, lap={"environment": {**MACHINE, "threads": 7}})
+    out = io.StringIO()
+    show_log(Console(file=out, width=100), tmp_path, "cpu-2")
+    lines = out.getvalue().splitlines()
+    assert max(map(len, lines)) <= 100
+    rows = {
+        line.split()[0]: line.split() for line in lines if line.startswith(("base ", "cpu2-sixteen-char "))
+    }
+    assert rows["cpu2-sixteen-char"][2:6] == ["30.5", "20.0", "(20.0", "to"]
+    assert (rows["base"][2], rows["base"][-1]) == ("30", "no")
+    machines = [line for line in lines if line.startswith("cpu-2: ")]
+    assert len(machines) == 2  # times of two machines do not stand in one table
+    assert any(line.startswith("counts: no means that AutoAttack is more than 4 points") for line in lines)
+    assert any(line.startswith("~ before a speed-up") for line in lines)
+    assert any(line.startswith("cpu2-madry (not measured yet): The same settings") for line in lines)
+
+
+def test_the_log_is_found_from_any_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["speedrun", "--list"]) == 0
+    assert "cpu2-sharp       2026-11-30 30" in capsys.readouterr().out
+    assert main(["speedrun", "--list", "--log", "nothing"]) == 0
+    said = capsys.readouterr().out
+    assert "no results at nothing; run in the checkout or pass --log" in said
+    assert "not measured yet" not in said
 
 
 @pytest.mark.parametrize(

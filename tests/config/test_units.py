@@ -8,6 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastdynat.commands.main import main
+from fastdynat.config.attack_config import AttackConfig
+from fastdynat.config.value_ranges import size_notices
 from fastdynat.errors import UserError
 from fastdynat.recipes import read_recipe, recipe_names
 from fastdynat.units import check_step_width, describe_size, parse_number, parse_size
@@ -85,6 +87,12 @@ def test_steps_beyond_the_ball(step: float | str, eps: float | str, found: str |
             check_step_width(step, eps, **sizes)
     else:
         assert (check_step_width(step, eps, **sizes) is not None) == (found == "said")
+
+
+def test_every_size_in_8_bit_levels_is_said() -> None:
+    attack = AttackConfig(eps=8, step_size="2/255", eval_eps=0.03, norms="linf,l2", norm_eps="8, 2")
+    assert [text.split(" is read as ")[0] for text in size_notices(attack)] == ["eps 8", "norm_eps (linf) 8"]
+    assert size_notices(AttackConfig(eps=8, step_size=2, norm="l2")) == []
 
 
 def test_no_recipe_steps_beyond_its_ball() -> None:

@@ -106,6 +106,19 @@ def test_parts_and_their_use() -> None:
 def test_rounding_to_8_bits_is_said() -> None:
     with pytest.warns(UserWarning, match="kept with 8 bits per channel, which moves values by up to 0.002"):
         own_parts((torch.rand(12, 3, 4, 5), LABELS), "data")
+    rounded = torch.rand(12, 3, 4, 5)
+    parts = {
+        "train": (images().float() / 255, LABELS),
+        "val": (rounded, LABELS),
+        "test": (rounded / 2, LABELS),
+    }
+    with pytest.warns(UserWarning, match="8 bits") as caught:
+        own_parts(parts, "data")
+    (found,) = caught
+    assert str(found.message).endswith("; pass uint8 images to avoid this")
+    assert found.filename == __file__
+    moved = max((255 * x - (255 * x).round()).abs().max().item() / 255 for x in (rounded, rounded / 2))
+    assert f"moves values by up to {moved:.2g};" in str(found.message)
 
 
 class Sizes:
@@ -181,8 +194,23 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "float labels": ((images(), LABELS.float()), r"labels must be whole numbers \(N,\), got float32 \(12,\)"),
     "one-hot": (
         (images(), torch.eye(12, 3, dtype=torch.int64)),
-        r"labels must be \(N,\), got int64 \(12, 3\)",
+        r"labels must be whole numbers \(N,\), got int64 \(12, 3\); of one-hot rows use labels.argmax\(1\)$",
     ),
+    "float one-hot": (
+        (images(), torch.eye(12, 3)),
+        r"float32 \(12, 3\); of one-hot rows use labels.argmax\(1\)$",
+    ),
+    "float column": ((images(), LABELS[:, None].float()), r"; use labels.squeeze\(1\).long\(\)$"),
+    "float labels of numpy": (
+        (images(), LABELS.float().numpy()),
+        r"got float32 \(12,\); use labels.astype\(\"int64\"\)$",
+    ),
+    "channels last of numpy": (
+        (images(8, 9, 3).numpy(), LABELS),
+        r"\(12, 8, 9, 3\), channels last; .*: images.transpose\(0, 3, 1, 2\)$",
+    ),
+    "int64 images of numpy": ((images().long().numpy(), LABELS), r"; use images.astype\(\"uint8\"\)$"),
+    "overshoot of numpy": ((normalised(0, 1.001).numpy(), LABELS), r"; use images.clip\(0, 1\)$"),
     "fewer labels": ((images(), LABELS[:11]), "12 images but 11 labels"),
     "no images": ((images()[:0], LABELS[:0]), "data has no images"),
     "three parts": (((images(), LABELS), (images(), LABELS), (images(), LABELS)), "of 3 parts is ambiguous"),

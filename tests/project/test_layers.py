@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 # Lowest first. A room is a module or package of fastdynat, or a package inside one ("commands.evaluate");
 # what lies in none of the inner rooms belongs to the outer one. Rooms of one layer do not import each other.
 LAYERS = [
-    {"errors", "kernels", "lazy"},
+    {"caller_warnings", "errors", "kernels", "lazy"},
     {"freed_memory", "launch", "units"},
     {"documents", "terminal", "machine"},
     {"user_code", "distributed"},

@@ -41,8 +41,9 @@ class SpeedrunCommand:
     out: str = "runs/speedrun"
     """Folder of the run directories and of the result, NAME.json. The same command continues a race that was
     stopped there, from the first lap that is not finished."""
-    log: str = "bench/records"
-    """Folder of the results that --list shows."""
+    log: str | None = None
+    """Folder of the results that --list shows. None is bench/records of the checkout that fastdynat is
+    imported from."""
     quick: bool = False
     """Evaluate without AutoAttack and masking checks, to try something out; such a result does not count. The
     same command without this flag adds them."""
@@ -56,14 +57,11 @@ def speedrun_command(argv: list[str]) -> int:
     command = parse(SpeedrunCommand, argv, "speedrun").command
     check_values(command)
     if command.list_records:
-        from fastdynat.commands.speedrun.race_log import log_table
-        from fastdynat.terminal.consoles import PlainTable, output_console
+        from fastdynat.commands.speedrun.shown_log import show_log, stored_results
+        from fastdynat.terminal.consoles import output_console
 
-        header, *rows = log_table(Path(command.log), command.track)
-        table = PlainTable(*header)
-        for row in rows:
-            table.add_row(*row)
-        output_console().print(table)
+        folder = stored_results() if command.log is None else Path(command.log)
+        show_log(output_console(), folder, command.track)
         return 0
     records = _records(command)
 

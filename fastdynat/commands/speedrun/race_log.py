@@ -18,8 +18,8 @@ from fastdynat.commands.speedrun.record_definition import (
 from fastdynat.documents import convert
 
 HEADER = (
-    *("record", "track", "date", "what changed", "machine", "seconds", "PGD-20 %", "AutoAttack %"),
-    *("speed-up", "counts"),
+    *("record", "track", "date", "what changed", "machine", "target %", "seconds", "PGD-20 %"),
+    *("AutoAttack %", "speed-up", "counts"),
 )
 NOT_IN_A_NAME = re.compile(r"\((R|TM)\)|^\d+-core | \d+-Core| Processor| CPU| @.*")
 VECTORS = {"avx512f": "AVX-512", "avx2": "AVX2"}  # the widest first
@@ -57,11 +57,12 @@ def _row(
     date = record.date if result is None else result.date
     head = (record.name, record.track, date, f"{record.changed}{algorithm}")
     if result is None or not result.summary:
-        return (*head, "", NOT_MEASURED, "", "", "", "")
+        return (*head, "", f"{100 * record.target:g}", NOT_MEASURED, "", "", "", "")
     found = result.summary
     return (
         *head,
         machine_text(record.track, result.laps[0]["environment"]),
+        f"{100 * result.target:g}",
         seconds_text(found),
         f"{100 * found['pgd20']:.2f}",
         _percent(found["sample_autoattack"], 1),
