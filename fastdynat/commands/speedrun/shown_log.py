@@ -18,8 +18,9 @@ IN_TABLE = ("record", "date", "target %", "seconds", "PGD-20 %", "AutoAttack %",
 NOTES = (
     f"counts: no means that AutoAttack is more than {100 * LARGEST_GAP:g} points below PGD-20, or that "
     "another rule of docs/speedrun.md is broken.",
-    "~ before a speed-up: not raced against the baseline; the product of the ratios of two or more races, or "
-    "the ratio of the seconds of two.",
+    "speed-up: over the plain loop, for records that count and have its target.",
+    "~: not raced against it; the product of the ratios of two or more races, or the ratio of the seconds of "
+    "two.",
 )
 
 
