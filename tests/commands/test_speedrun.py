@@ -862,7 +862,7 @@ def test_the_printed_log_fits_100_columns_and_explains_itself(tmp_path: Path) ->
     machines = [line for line in lines if line.startswith("cpu-2: ")]
     assert len(machines) == 2  # times of two machines do not stand in one table
     assert any(line.startswith("counts: no means that AutoAttack is more than 4 points") for line in lines)
-    assert any(line.startswith("~ before a speed-up") for line in lines)
+    assert any(line.startswith("~: not raced") for line in lines)
     assert any(line.startswith("cpu2-madry (not measured yet): The same settings") for line in lines)
 
 
