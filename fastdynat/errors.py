@@ -7,6 +7,7 @@ import unicodedata
 from collections.abc import Iterable
 
 LONGEST = 60  # characters of a name or value in a message
+MISSPELT = 0.8  # similarity of a name to the one that is meant, from 0 to 1
 
 
 class UserError(ValueError):
@@ -29,8 +30,9 @@ def unknown_name(kind: str, name: str, known: Iterable[str], *, brief: bool = Fa
     "unknown key 'attack_steps': did you mean 'steps'?"
     """
     known, wanted = sorted(known), name[:LONGEST].lower()
-    ends = [text for text in known if wanted.endswith(f"_{text}")]  # as of a group's name in front
-    near = ends or difflib.get_close_matches(wanted, known, n=3, cutoff=0.5)
+    near = difflib.get_close_matches(wanted, known, n=3, cutoff=0.5)
+    if not difflib.get_close_matches(wanted, known, n=1, cutoff=MISSPELT):
+        near = [text for text in known if wanted.endswith(f"_{text}")] or near  # a word too many in front
     hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
     if hint and brief:
         return UserError(f"unknown {kind} {shown(name)}: {hint.rstrip()}")
