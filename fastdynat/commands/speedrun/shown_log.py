@@ -5,13 +5,12 @@ from itertools import groupby
 from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console, Group
-from rich.text import Text
+from rich.console import Console
 
 import fastdynat
 from fastdynat.commands.speedrun.race_log import HEADER, NOT_MEASURED, log_table
 from fastdynat.commands.speedrun.race_rules import LARGEST_GAP
-from fastdynat.terminal.consoles import PlainTable
+from fastdynat.terminal.consoles import AS_IS, PlainTable
 
 WIDTH = 100  # columns of the text at most
 IN_TABLE = ("record", "date", "target %", "seconds", "PGD-20 %", "AutoAttack %", "speed-up", "counts")
@@ -38,13 +37,14 @@ def show_log(console: Console, folder: Path, track: str | None) -> None:
     measured = [row for row in rows if row["seconds"] != NOT_MEASURED]
     measured.sort(key=_place)  # stable: a record still follows the one that it changes
     for (name, machine), group in groupby(measured, _place):
-        console.print(Group(f"{name}: {machine}", _table(list(group)), ""))
+        console.print(f"{name}: {machine}", **AS_IS)
+        console.print(_table(list(group)), "", **AS_IS)
     for note in NOTES if measured else ():
-        console.print(_filled(note, console))
-    console.print("" if measured else f"no results at {folder}; run in the checkout or pass --log")
+        console.print(_filled(note, console), **AS_IS)
+    console.print("" if measured else f"no results at {folder}; run in the checkout or pass --log", **AS_IS)
     for row in rows:
         waiting = f" ({NOT_MEASURED})" if measured and row not in measured else ""
-        console.print(_filled(f"{row['record']}{waiting}: {row['what changed']}", console))
+        console.print(_filled(f"{row['record']}{waiting}: {row['what changed']}", console), **AS_IS)
 
 
 def _place(row: dict[str, str]) -> tuple[str, str]:
@@ -61,6 +61,6 @@ def _table(rows: list[dict[str, str]]) -> PlainTable:
     return table
 
 
-def _filled(text: str, console: Console) -> Text:
+def _filled(text: str, console: Console) -> str:
     width = min(WIDTH, console.width)
-    return Text(textwrap.fill(text, width, subsequent_indent="  ", break_on_hyphens=False))
+    return textwrap.fill(text, width, subsequent_indent="  ", break_on_hyphens=False)
