@@ -1,15 +1,12 @@
 """Every attack on images and networks of every pair of dtypes: it runs, or says what does not fit."""
 
-from dataclasses import replace
-from typing import Any
-
 import pytest
 import torch
 from support.networks import tiny_cnn
+from support.short_attacks import missing_attacks, short_attack
 
 from fastdynat.attack_engine.ascent import Ascent, Underflow
-from fastdynat.attacks import Boundary, BoundarySpec, NamedAttack, boundary, parse_attack
-from fastdynat.attacks.registry import entries
+from fastdynat.attacks import Boundary, BoundarySpec, NamedAttack, boundary
 from fastdynat.errors import UserError
 from fastdynat.evaluation import AutoAttack
 from fastdynat.evaluation.measure import attacked, predict
@@ -45,16 +42,11 @@ FIT = [(x, model) for x in IMAGES for model in MODELS if model in (x, torch.floa
 
 
 def named(name: str, norm: str) -> NamedAttack:
-    attack = parse_attack(name, eps=EPS[norm], step_size=EPS[norm] / 3, norm=norm)
-    search: Any = attack.search
-    short = replace(search, steps=8) if getattr(search, "steps", 0) == 100 else search
-    return replace(attack, search=short)
+    return short_attack(name, norm, eps=EPS[norm], steps=8)
 
 
 def test_every_registered_attack_is_here() -> None:
-    for entry in entries():
-        if entry.module.startswith("fastdynat."):
-            assert any(entry.match(name) for name, _ in ATTACKS), entry.pattern
+    assert missing_attacks([name for name, _ in ATTACKS]) == []
 
 
 @pytest.mark.parametrize(("images", "network"), FIT)

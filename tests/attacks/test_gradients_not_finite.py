@@ -1,16 +1,16 @@
 """Networks with finite logits whose gradient is not finite: no attack returns NaN, none hides it."""
 
 import warnings
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from support.networks import tiny_cnn
+from support.short_attacks import missing_attacks, short_attack
 from torch import Tensor, nn
 
 from fastdynat.attack_engine.ascent import Ascent, Underflow
-from fastdynat.attacks import APGD, NamedAttack, Nearest, parse_attack
+from fastdynat.attacks import APGD, NamedAttack, Nearest
 from fastdynat.attacks.ball import inside
 from fastdynat.attacks.registry import entries
 from fastdynat.data import ImageSet
@@ -78,16 +78,11 @@ def images() -> Tensor:
 
 
 def named(name: str, norm: str) -> NamedAttack:
-    attack = parse_attack(name, eps=EPS[norm], step_size=EPS[norm] / 3, norm=norm)
-    search: Any = attack.search
-    short = replace(search, steps=10) if getattr(search, "steps", 0) == 100 else search
-    return replace(attack, search=short)
+    return short_attack(name, norm, eps=EPS[norm], steps=10)
 
 
 def test_every_registered_attack_is_here() -> None:
-    for entry in entries():
-        if entry.module.startswith("fastdynat."):
-            assert any(entry.match(name) for name in (*NAMES, "square")), entry.pattern
+    assert missing_attacks((*NAMES, "square")) == []
 
 
 @pytest.mark.parametrize("kind", ["inf", "nan"])
